@@ -1,0 +1,1759 @@
+"""DreamerV3 in one file: a world model learned from replay, and an actor and a critic trained inside it.
+
+Paper: Hafner, Pasukonis, Ba, Lillicrap, "Mastering diverse control tasks through world models" (Nature 2025;
+arXiv:2301.04104v2). Equation numbers below are those of arXiv v2. Numbers are checked against the authors' JAX code,
+github.com/danijar/dreamerv3 at commit e3f0224 ("the reference"). [D1] ... [D25] mark details of it that the paper does
+not spell out; the README lists them under the same numbers.
+
+    python dreamer_v3.py --env-id ALE/MsPacman-v5                                  # Atari, as benchmarked
+    python dreamer_v3.py --env-id CartPole-v1 --size 1m --total-timesteps 10000 --train-ratio 512 --no-cuda
+    python dreamer_v3.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20
+    python dreamer_v3.py --help
+
+Dimensions: B replay batch, T replay time, H imagined steps, N = B*T imagined trajectories, A action width, E embedding,
+D deter, S latent variables, K classes of each, F = D + S*K feature, G blocks of the GRU, U units, V two-hot bins,
+C channels, h and w pixels. Batch comes before time everywhere.
+
+Paper to code: x obs; enc(x) embed; a action; h deter; z stoch; s = {h, z} feat; r reward; c cont; R returns;
+S return_scale; sg(.) detach(); eta ent_coef; phi world model, theta actor, psi critic.
+
+What the replay holds. One column is one entry; at `|` a new episode begins:
+
+    t            0    1    2    3  |  0
+    obs          x0   x1   x2   x3 |  x0'     x3 is the last observation of its episode
+    action       a0   a1   a2   -  |  a0'     chosen AT obs[t]; nothing is chosen at the last one (zeros)
+    reward       0    r1   r2   r3 |  0       received on ARRIVING at obs[t]
+    is_first     1    0    0    0  |  1       the RSSM forgets its state and the action before
+    is_last      0    0    0    1  |  0       the episode ends here, whatever the cause
+    is_terminal  0    0    0    1  |  0       it ends here by itself; stays 0 when it was cut off (truncated)
+
+Sections: 1 arguments, 2 transformations, 3 distributions, 4 layers, 5 encoder and decoder, 6 RSSM, 7 world model,
+8 behaviour, 9 optimizer, 10 agent, 11 replay, 12 environments, 13 logging, evaluation, checkpoint, 14 main.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+# ---- 1. Arguments (paper: Extended Data Table 4, "Hyperparameters") --------------------------------------------------
+
+# Network sizes of the paper. All have S = 32 latent variables and G = 8 blocks.
+SIZES = {
+    "1m": dict(deter=512, hidden=64, classes=4, depth=4, units=64),
+    "12m": dict(deter=2048, hidden=256, classes=16, depth=16, units=256),
+    "25m": dict(deter=3072, hidden=384, classes=24, depth=24, units=384),
+    "50m": dict(deter=4096, hidden=512, classes=32, depth=32, units=512),
+    "100m": dict(deter=6144, hidden=768, classes=48, depth=48, units=768),
+    "200m": dict(deter=8192, hidden=1024, classes=64, depth=64, units=1024),
+    "400m": dict(deter=12288, hidden=1536, classes=96, depth=96, units=1536),
+}
+
+
+@dataclass
+class Args:
+    # Experiment
+    exp_name: str = "dreamer_v3"
+    """Name of the experiment; part of the run directory's name."""
+    seed: int = 1
+    """Seed of environments, networks, sampling and replay."""
+    torch_deterministic: bool = False
+    """Use only deterministic torch kernels: slower, and equal seeds then give equal runs on a GPU too."""
+    cuda: bool = True
+    """Train on the GPU if there is one; otherwise, or with --no-cuda, on the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products and convolutions; auto takes bfloat16 on a GPU and float32 on a CPU. Parameters, norms,
+    distributions, losses and the optimizer are float32 always."""
+    run_dir: str = "runs"
+    """Folder in which the run makes its own folder <env>__<exp>__<seed>__<time>."""
+    track: bool = False
+    """Log to Weights & Biases too (pip install wandb)."""
+    wandb_project_name: str = "dreamer_v3"
+    """Project of Weights & Biases."""
+    wandb_entity: str | None = None
+    """Team of Weights & Biases; by default your own account."""
+    capture_video: bool = False
+    """Write a video of one evaluation episode at every evaluation (pip install moviepy)."""
+    evaluate: str | None = None
+    """Path of a checkpoint.pt to evaluate for --eval-episodes episodes instead of training."""
+
+    # Environment
+    env_id: str = "ALE/MsPacman-v5"
+    """Gymnasium id, with the module that registers it if it needs one: `module:Name-v0`."""
+    env_kwargs: str = "{}"
+    """Options of the environment as a JSON object, e.g. '{"repeat_action_probability": 0.0}'."""
+    total_timesteps: int = 100_000
+    """Agent decisions to train for, over all environments, resets included. Atari shows 4 frames for each."""
+    num_envs: int = 1
+    """Environments stepped together."""
+    async_envs: bool = False
+    """Step each environment in a process of its own (Gymnasium's AsyncVectorEnv)."""
+
+    # Replay and schedule
+    buffer_size: int = 5_000_000
+    """Capacity of the replay in steps, over all environments; memory is taken as it fills."""
+    batch_size: int = 16
+    """Sequences in a batch (B)."""
+    batch_length: int = 64
+    """Steps in a sequence (T); one more is read before them as context."""
+    train_ratio: float = 128.0
+    """Replayed steps per environment step: one update every batch_size * batch_length / train_ratio steps."""
+    eval_every: int = 25_000
+    """Environment steps between evaluations; 0 evaluates only at the end."""
+    eval_episodes: int = 10
+    """Episodes of an evaluation; 0 never evaluates."""
+    eval_sample: bool = False
+    """Evaluate with actions sampled as in training instead of the most likely ones."""
+    log_every: int = 1_000
+    """Environment steps between two lines of training metrics."""
+    save_every: int = 10_000
+    """Environment steps between checkpoints."""
+
+    # World model
+    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
+    """Network size: a row of the paper's table. The seven flags below change one number of the row."""
+    deter: int | None = None
+    """Width of the recurrent state h (D); by default as --size says."""
+    hidden: int | None = None
+    """Width of the hidden layers of the RSSM; by default as --size says."""
+    classes: int | None = None
+    """Classes of each latent variable (K); by default as --size says."""
+    depth: int | None = None
+    """Base number of convolution channels; by default as --size says."""
+    units: int | None = None
+    """Width of the multilayer perceptrons of vectors and heads (U); by default as --size says."""
+    stoch: int = 32
+    """Number of latent variables (S)."""
+    blocks: int = 8
+    """Blocks of the recurrent weights (G); must divide deter."""
+    free_nats: float = 1.0
+    """Nats below which the dynamics and representation losses are not reduced further (free bits)."""
+    unimix: float = 0.01
+    """Share of the uniform distribution mixed into the latent variables' distributions."""
+    beta_pred: float = 1.0
+    """Weight of the prediction loss: decoder, reward, continue."""
+    beta_dyn: float = 1.0
+    """Weight of the dynamics loss."""
+    beta_rep: float = 0.1
+    """Weight of the representation loss."""
+
+    # Actor and critic
+    imag_horizon: int = 15
+    """Steps of imagination from every replayed state (H)."""
+    gamma: float = 1 - 1 / 333
+    """Discount for one step."""
+    return_lambda: float = 0.95
+    """Mixing of the lambda-return: 0 trusts the critic after one step, 1 only at the end."""
+    ent_coef: float = 3e-4
+    """Scale of the actor's entropy bonus, in units of normalised return per nat."""
+    actor_unimix: float = 0.01
+    """Share of the uniform distribution mixed into a discrete actor. The reference's code has 0 by oversight."""
+    beta_val: float = 1.0
+    """Weight of the critic loss on imagined trajectories."""
+    beta_repval: float = 0.3
+    """Weight of the critic loss on replayed sequences."""
+    slow_reg: float = 1.0
+    """Weight of the critic's regression to its slow copy, relative to the regression to the returns."""
+    tau: float = 0.02
+    """Share of the critic that enters its slow copy at every update."""
+    return_rate: float = 0.01
+    """Share of the newest batch in the running percentiles of the returns."""
+
+    # Optimizer
+    learning_rate: float = 4e-5
+    """Learning rate of all networks."""
+    warmup_updates: int = 1_000
+    """Updates over which the learning rate rises linearly from 0."""
+    agc_clip: float = 0.3
+    """Largest norm of a tensor's gradient, relative to the norm of the tensor."""
+    beta1: float = 0.9
+    """Decay of LaProp's momentum."""
+    beta2: float = 0.999
+    """Decay of LaProp's mean of squared gradients."""
+    laprop_eps: float = 1e-20
+    """Added to the root of the mean of squared gradients."""
+
+
+class UserError(Exception):
+    """Something the user can put right. The command line prints it in one line and exits with status 2."""
+
+
+# ---- 2. Transformations (paper: Robust predictions, Eq. 8-11) --------------------------------------------------------
+
+
+def f32(x):
+    """At least float32: distributions and losses are never computed in bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def symlog(x):
+    """sign(x) ln(1 + |x|): compresses large values, keeps the sign, is the identity around 0 (Eq. 9)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x):
+    """sign(x) (exp(|x|) - 1), the inverse of symlog (Eq. 9)."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def twohot_bins(count=255, limit=20.0):
+    """The V = 255 values symexp(-20 ... 20) that rewards and returns are spread over (Eq. 10): (V,) float64, ascending.
+
+    The upper half mirrors the lower one, so the bins are exactly antisymmetric and the middle one is exactly 0. [D1]
+    """
+    lower = symexp(torch.linspace(-limit, 0, count // 2 + 1, dtype=torch.float64))
+    return torch.cat([lower, -lower[:-1].flip(0)])
+
+
+def twohot_mean(logits, bins):
+    """The value that logits (..., V) predict, softmax(logits) @ bins (Eq. 10): (...).
+
+    A bin and its mirror are subtracted before the sum: equal logits then predict exactly 0. Summed in plain order, the
+    rounding of bins as large as 5e8 would leave a random value at the start of training. [D1]
+    """
+    half = logits.shape[-1] // 2
+    probs = f32(logits).softmax(-1)
+    return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
+
+
+def twohot_loss(logits, target, bins):
+    """Cross-entropy of softmax(logits) with the two-hot encoding of `target` (Eq. 11): (...).
+
+    The target weights are linear in the original space, between the last bin <= target and the first one above it;
+    beyond the end bins all weight is on the end bin. logits (..., V); target (...), which gets no gradient.
+    """
+    logits, target = f32(logits), target.detach()
+    above = torch.searchsorted(bins, target.contiguous(), right=True)
+    below = (above - 1).clamp(min=0)
+    above = above.clamp(max=len(bins) - 1)
+    to_below, to_above = (bins[below] - target).abs(), (bins[above] - target).abs()
+    weight = torch.where(below == above, 1.0, to_above / (to_below + to_above))  # of the bin below
+    chosen = logits.gather(-1, torch.stack([below, above], -1))  # (..., 2)
+    # The weights sum to 1, so -sum(weight * log_softmax) needs the normaliser only once.
+    return logits.logsumexp(-1) - weight * chosen[..., 0] - (1 - weight) * chosen[..., 1]
+
+
+# ---- 3. Distributions ------------------------------------------------------------------------------------------------
+
+
+def exponential_noise(shape, device):
+    """Independent Exponential(1) numbers: argmax(probs / noise) is a sample of the categorical `probs`."""
+    return torch.empty(shape, device=device).exponential_()
+
+
+def normal_noise(like):
+    """Independent standard normal numbers in the shape of `like`."""
+    return torch.randn_like(like)
+
+
+def one_hot(index, classes):
+    """index (...) integers in [0, classes) -> (..., classes) float32. (F.one_hot would check the range on the host.)"""
+    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
+
+
+def mixed_log_probs(logits, unimix):
+    """Log of (1 - unimix) softmax(logits) + unimix / K over the last axis: (..., K), at least float32 [D4]."""
+    logits = f32(logits)
+    if unimix == 0:
+        return logits.log_softmax(-1)
+    return torch.log((1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1])
+
+
+def sample_one_hot(probs, noise):
+    """A sample of categoricals (..., K) as one-hot vectors whose gradient is that of `probs` (straight-through) [D6].
+
+    noise: `exponential_noise` of the same shape.
+    """
+    index = (probs.detach() / noise).argmax(-1)
+    return one_hot(index, probs.shape[-1]) + (probs - probs.detach())
+
+
+def categorical_kl(log_p, log_q):
+    """KL(p || q) in nats of categoricals (..., S, K), summed over the S variables: (...)."""
+    return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
+
+
+class Categoricals:
+    """Independent categoricals, one for each discrete action; log-probabilities and entropies add up."""
+
+    def __init__(self, logits, classes, unimix):
+        self.log_probs = [mixed_log_probs(x, unimix) for x in logits.split(classes, -1)]
+        self.classes = classes
+
+    def sample(self):
+        """(..., A): the one-hot vectors of all actions side by side."""
+        noise = [exponential_noise(x.shape, x.device) for x in self.log_probs]
+        return torch.cat(
+            [sample_one_hot(x.exp(), n) for x, n in zip(self.log_probs, noise, strict=True)], -1
+        ).detach()
+
+    def mode(self):
+        """The most likely action: (..., A)."""
+        return torch.cat([one_hot(x.argmax(-1), x.shape[-1]) for x in self.log_probs], -1)
+
+    def log_prob(self, action):
+        """(...) in nats."""
+        pairs = zip(self.log_probs, action.split(self.classes, -1), strict=True)
+        return sum((x * a).sum(-1) for x, a in pairs)
+
+    def entropy(self):
+        """(...) in nats."""
+        return sum(-(x.exp() * x).sum(-1) for x in self.log_probs)
+
+
+class BoundedNormals:
+    """Independent normals, neither squashed nor clipped: the mean lies in [-1, 1], the deviation in [0.1, 1] [D25]."""
+
+    def __init__(self, mean, std):
+        self.mean, self.std = torch.tanh(f32(mean)), 0.9 * torch.sigmoid(f32(std) + 2) + 0.1
+
+    def sample(self):
+        """(..., A), unbounded; the environment clips to [-1, 1]."""
+        return (self.mean + self.std * normal_noise(self.mean)).detach()
+
+    def mode(self):
+        """The mean: (..., A)."""
+        return self.mean
+
+    def log_prob(self, action):
+        """(...) in nats."""
+        z = (action - self.mean) / self.std
+        return (-0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self):
+        """(...) in nats."""
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+# ---- 4. Layers -------------------------------------------------------------------------------------------------------
+# Each layer computes in the type of its own weight: `Agent` makes the matrices bfloat16, norms stay float32.
+
+# Standard deviation of a standard normal cut off at +-2. Dividing by it restores variance 1 (the reference: 1.1368). [D3]
+TRUNCATED_STD = 0.8796256610342398
+
+
+def init_(layer, fan_in, outscale=1.0):
+    """Fill the weight with a normal of variance 1/fan_in cut off at two deviations, times `outscale`; the bias with 0."""
+    nn.init.trunc_normal_(layer.weight, std=1.0, a=-2.0, b=2.0)
+    layer.weight.data.mul_(outscale * fan_in**-0.5 / TRUNCATED_STD)
+    nn.init.zeros_(layer.bias)
+
+
+class Linear(nn.Linear):
+    """(..., in) -> (..., out)."""
+
+    def __init__(self, in_dim, out_dim, outscale=1.0):
+        super().__init__(in_dim, out_dim)
+        init_(self, in_dim, outscale)
+
+    def forward(self, x):
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class BlockLinear(nn.Module):
+    """A Linear whose matrix is block-diagonal: each of G groups of inputs feeds its own group of outputs.
+
+    (..., in) -> (..., out). The weight is (G, in/G, out/G). The initial variance is 1/in, not G/in, as in the
+    reference, so that every block starts sqrt(G) smaller than a Linear of its size would. [D3]
+    """
+
+    def __init__(self, in_dim, out_dim, blocks):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, in_dim // blocks, out_dim // blocks))
+        self.bias = nn.Parameter(torch.empty(out_dim))
+        init_(self, in_dim)
+
+    def forward(self, x):
+        x = x.to(self.weight.dtype).unflatten(-1, (len(self.weight), -1))
+        return torch.einsum("...gi,gio->...go", x, self.weight).flatten(-2) + self.bias
+
+
+class Conv(nn.Conv2d):
+    """5x5 convolution, stride 1, same size: (n, h, w, in) -> (n, h, w, out). Channels come last as in memory."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 5, padding=2)
+        init_(self, 25 * in_channels)
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-4) * scale over the last axis, then SiLU. In float32 whatever the type of x."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.silu(F.rms_norm(x.to(self.scale.dtype), self.scale.shape, self.scale, eps=1e-4))
+
+
+class Dense(nn.Sequential):
+    """Linear, RMSNorm, SiLU: (..., in) -> (..., out)."""
+
+    def __init__(self, in_dim, out_dim):
+        super().__init__(Linear(in_dim, out_dim), RMSNorm(out_dim))
+
+
+def mlp(in_dim, units, layers):
+    """`layers` Dense layers of width `units`."""
+    return nn.Sequential(*[Dense(in_dim if i == 0 else units, units) for i in range(layers)])
+
+
+class Head(nn.Module):
+    """MLP and one output layer, (..., F) -> (..., out), whose initial weights are multiplied by `outscale` [D2]."""
+
+    def __init__(self, in_dim, units, layers, out_dim, outscale):
+        super().__init__()
+        self.mlp = mlp(in_dim, units, layers)
+        self.out = Linear(units, out_dim, outscale)
+
+    def forward(self, feat):
+        return f32(self.out(self.mlp(feat)))
+
+
+# ---- 5. Encoder and decoder (paper: World model learning; Extended Data Table 3) -------------------------------------
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """What the networks need to know of an environment.
+
+    channels: of the 64x64 image; 0 if there is none.
+    vectors: (name, width, classes) of each other observation, sorted by name. Discrete ones are one-hot encoded, one
+        after another, with `classes` numbers each; `classes` is empty for continuous ones.
+    action_classes: number of choices of each discrete action; empty if actions are continuous.
+    action_width: length A of the action vector: the sum of action_classes, or the number of continuous actions.
+    """
+
+    channels: int
+    vectors: tuple[tuple[str, int, tuple[int, ...]], ...]
+    action_classes: tuple[int, ...]
+    action_width: int
+
+
+IMAGE_SIZE = 64  # pixels; every image is resized to this before it is stored
+CHANNEL_FACTORS = (2, 3, 4, 4)  # channels of the four resolutions, in units of `depth`
+FINAL_SIZE = IMAGE_SIZE // 2 ** len(CHANNEL_FACTORS)  # pixels
+
+
+class Encoder(nn.Module):
+    """Observation -> embedding enc(x). Vectors go through an MLP, images through convolutions with pooling [D11]."""
+
+    def __init__(self, spaces, depth, units):
+        super().__init__()
+        self.embed_dim = 0
+        if spaces.vectors:
+            one_hot_part = [
+                bool(classes) for _, width, classes in spaces.vectors for _ in range(width)
+            ]
+            self.register_buffer("one_hot_part", torch.tensor(one_hot_part), persistent=False)
+            self.mlp = mlp(len(one_hot_part), units, 3)
+            self.embed_dim += units
+        if spaces.channels:
+            widths = [spaces.channels] + [depth * factor for factor in CHANNEL_FACTORS]
+            self.convs = nn.ModuleList(map(Conv, widths[:-1], widths[1:]))
+            self.norms = nn.ModuleList(map(RMSNorm, widths[1:]))
+            self.embed_dim += widths[-1] * FINAL_SIZE**2
+
+    def forward(self, obs):
+        """obs: dict with `image` (B, T, h, w, C) uint8 and/or `vector` (B, T, width). Returns (B, T, E)."""
+        embed = []
+        if "vector" in obs:
+            x = obs["vector"]
+            embed.append(self.mlp(torch.where(self.one_hot_part, x, symlog(x))))  # [D10]
+        if "image" in obs:
+            x = (
+                obs["image"].flatten(0, 1).to(self.norms[0].scale.dtype) / 255 - 0.5
+            )  # (B*T, h, w, C)
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = conv(x)
+                # 2x2 max-pool. amax shares the gradient evenly among equal entries, as the reference does and
+                # max_pool2d does not: flat regions of a game's image tie everywhere.
+                x = norm(x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).amax((2, 4)))
+            embed.append(x.flatten(1).unflatten(0, obs["image"].shape[:2]))
+        return torch.cat(embed, -1)
+
+
+class Decoder(nn.Module):
+    """Model state -> reconstruction of the observation."""
+
+    def __init__(self, spaces, deter, stoch, depth, units):
+        super().__init__()
+        self.vectors = spaces.vectors
+        if spaces.vectors:
+            self.mlp = mlp(stoch + deter, units, 3)
+            self.outs = nn.ModuleList(Linear(units, width) for _, width, _ in spaces.vectors)
+        if spaces.channels:
+            widths = [depth * factor for factor in reversed(CHANNEL_FACTORS)]
+            cells = FINAL_SIZE**2 * widths[0]
+            self.from_deter = BlockLinear(deter, cells, 8)  # always 8 blocks, unlike the GRU
+            self.from_stoch = nn.Sequential(Dense(stoch, 2 * units), Linear(2 * units, cells))
+            self.norm = RMSNorm(widths[0])
+            self.convs = nn.ModuleList(map(Conv, widths[:-1], widths[1:]))
+            self.norms = nn.ModuleList(map(RMSNorm, widths[1:]))
+            self.image_out = Conv(widths[-1], spaces.channels)
+
+    def forward(self, deter, stoch):
+        """deter (B, T, D), stoch (B, T, S, K). Returns a dict: `image` (B, T, h, w, C) in (0, 1); each vector by its
+        name, (B, T, width): symlog of the values, or logits."""
+        stoch = stoch.flatten(-2)
+        recon = {}
+        if hasattr(self, "mlp"):
+            x = self.mlp(torch.cat([stoch, deter], -1))
+            recon = {
+                name: f32(out(x)) for (name, _, _), out in zip(self.vectors, self.outs, strict=True)
+            }
+        if hasattr(self, "convs"):
+            # Every block writes all pixels of its own channels: (g h w c) -> h w (g c).
+            x = self.from_deter(deter.flatten(0, 1)).unflatten(-1, (8, FINAL_SIZE, FINAL_SIZE, -1))
+            x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # (B*T, h, w, channels)
+            x = self.norm(x + self.from_stoch(stoch.flatten(0, 1)).view_as(x))
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = norm(conv(upsample(x)))
+            recon["image"] = torch.sigmoid(f32(self.image_out(upsample(x)))).unflatten(
+                0, deter.shape[:2]
+            )
+        return recon
+
+    def losses(self, recon, obs):
+        """Negative log-likelihoods up to constants, summed over everything but batch and time: dict of (B, T).
+
+        Images and continuous vectors have a squared error (no factor 1/2), the latter in symlog space (Eq. 8); discrete
+        ones have a cross-entropy. [D10]
+        """
+        losses = {}
+        if "vector" in obs:
+            parts = obs["vector"].split([width for _, width, _ in self.vectors], -1)
+            for (name, _, classes), target in zip(self.vectors, parts, strict=True):
+                if classes:
+                    losses[name] = -Categoricals(recon[name], classes, unimix=0.0).log_prob(target)
+                else:
+                    losses[name] = (recon[name] - symlog(target)).square().sum(-1)
+        if "image" in obs:
+            losses["image"] = (recon["image"] - obs["image"] / 255).square().sum((-3, -2, -1))
+        return losses
+
+
+def upsample(x):
+    """Nearest neighbour by 2: (n, h, w, c) -> (n, 2h, 2w, c)."""
+    return x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+
+# ---- 6. RSSM: the recurrent state-space model (paper: World model learning, Eq. 1) -----------------------------------
+
+
+class RSSM(nn.Module):
+    """Sequence model h' = f(h, z, a), prior p(z | h) and posterior q(z | h, x) over S categoricals of K classes.
+
+    The state is deter (B, D), in (-1, 1), and stoch (B, S, K), one-hot. Both start as zeros. [D9]
+    """
+
+    def __init__(self, action_width, embed_dim, deter, hidden, stoch, classes, blocks, unimix):
+        super().__init__()
+        self.deter_dim, self.hidden_dim, self.blocks, self.unimix = deter, hidden, blocks, unimix
+        self.stoch_shape = (stoch, classes)
+        self.deter_in = Dense(deter, hidden)
+        self.stoch_in = Dense(stoch * classes, hidden)
+        self.action_in = Dense(action_width, hidden)
+        self.hidden_layer = BlockLinear(deter + 3 * hidden * blocks, deter, blocks)
+        self.hidden_norm = RMSNorm(deter)
+        self.gru = BlockLinear(deter, 3 * deter, blocks)
+        self.prior_net = nn.Sequential(mlp(deter, hidden, 2), Linear(hidden, stoch * classes))
+        self.posterior_in = Dense(deter + embed_dim, hidden)
+        self.posterior_out = Linear(hidden, stoch * classes)
+
+    def initial(self, batch_size):
+        """The state before the first step: deter (B, D), stoch (B, S, K), zeros."""
+        zeros = self.hidden_norm.scale.new_zeros
+        return zeros(batch_size, self.deter_dim), zeros(batch_size, *self.stoch_shape)
+
+    def feat(self, deter, stoch):
+        """The model state s = {h, z} as the heads see it: (..., F)."""
+        return torch.cat([deter, stoch.flatten(-2)], -1)
+
+    # The cell is  h' = gru(hidden_layer(h_g, in(h), in(z), in(a)))  with block-diagonal weights: block g sees its own
+    # slice h_g of h and all three embeddings [D7]. A linear layer of joined inputs is the sum of a linear layer of each.
+    # So the part of the action, which no step needs to wait for, is computed for all steps at once, and so is the part
+    # of the observation in the posterior.
+
+    def action_part(self, action):
+        """What actions add to the hidden layer of the cell: (n, A) -> (G, n, D/G)."""
+        action = action / action.abs().clamp(min=1).detach()  # [D8]
+        weight = self.hidden_layer.weight[:, -self.hidden_dim :]  # (G, U, D/G)
+        bias = self.hidden_layer.bias.view(self.blocks, 1, -1)
+        return self.action_in(action).to(weight.dtype) @ weight + bias
+
+    def embed_part(self, embed):
+        """What embeddings add to the first layer of the posterior: (..., E) -> (..., U)."""
+        layer = self.posterior_in[0]
+        return F.linear(embed.to(layer.weight.dtype), layer.weight[:, self.deter_dim :], layer.bias)
+
+    def sequence_model(self, deter, stoch, action_part):
+        """One step h' = f(h, z, a): deter (B, D), stoch (B, S, K), action_part (G, B, D/G) -> (B, D)."""
+        weight = self.hidden_layer.weight
+        width = self.deter_dim // self.blocks
+        split = lambda x: x.unflatten(-1, (self.blocks, width)).transpose(
+            0, 1
+        )  # (B, D) -> (G, B, D/G)
+        merge = lambda x: x.transpose(0, 1).flatten(-2)  # (G, B, D/G) -> (B, D)
+        shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(-2))], -1).to(
+            weight.dtype
+        )  # (B, 2U)
+        x = action_part + split(deter.to(weight.dtype)) @ weight[:, :width]
+        x = x + shared @ weight[:, width : -self.hidden_dim]
+        x = self.hidden_norm(merge(x))  # (B, D)
+        gates = split(x.to(weight.dtype)) @ self.gru.weight + self.gru.bias.view(self.blocks, 1, -1)
+        reset, cand, update = f32(gates).chunk(3, -1)  # (G, B, D/G) each
+        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        update = torch.sigmoid(update - 1)
+        return deter + merge(update) * (merge(cand) - deter)
+
+    def prior(self, deter):
+        """Logits of p(z | h): (..., D) -> (..., S, K)."""
+        return f32(self.prior_net(deter)).unflatten(-1, self.stoch_shape)
+
+    def posterior(self, deter, embed_part):
+        """Logits of q(z | h, x): deter (..., D), embed_part (..., U) -> (..., S, K)."""
+        layer, norm = self.posterior_in
+        x = F.linear(deter.to(layer.weight.dtype), layer.weight[:, : self.deter_dim]) + embed_part
+        return f32(self.posterior_out(norm(x))).unflatten(-1, self.stoch_shape)
+
+    def sample(self, logits, noise):
+        """A sample of the mixed categoricals (..., S, K), straight-through."""
+        return sample_one_hot(mixed_log_probs(logits, self.unimix).exp(), noise)
+
+    def observe(self, embed, prev_action, is_first, deter, stoch):
+        """Filter a sequence: the posterior state at each of T steps.
+
+        embed (B, T, E); prev_action (B, T, A), the actions that led to the observations; is_first (B, T) bool; deter
+        (B, D) and stoch (B, S, K), the state before the first step. Returns deter (B, T, D), stoch (B, T, S, K) and the
+        posterior's logits (B, T, S, K).
+        """
+        batch, length = is_first.shape
+        keep = 1 - is_first.to(deter.dtype)
+        # At the start of an episode the state is zeros and so is the action: a zero vector, not class 0. [D9]
+        action_part = self.action_part((prev_action * keep.unsqueeze(-1)).flatten(0, 1))
+        action_part = action_part.unflatten(1, (batch, length))  # (G, B, T, D/G)
+        embed_part = self.embed_part(embed)  # (B, T, U)
+        noise = exponential_noise((batch, length, *self.stoch_shape), embed.device)
+        states = []
+        for t in range(length):
+            deter, stoch = deter * keep[:, t, None], stoch * keep[:, t, None, None]
+            deter = self.sequence_model(deter, stoch, action_part[:, :, t])
+            logits = self.posterior(deter, embed_part[:, t])
+            stoch = self.sample(logits, noise[:, t])
+            states.append((deter, stoch, logits))
+        return [torch.stack(x, 1) for x in zip(*states, strict=True)]
+
+    def imagine_step(self, deter, stoch, action):
+        """One step without observation: deter (N, D), stoch (N, S, K), action (N, A) -> deter, stoch."""
+        deter = self.sequence_model(deter, stoch, self.action_part(action))
+        logits = self.prior(deter)
+        return deter, self.sample(logits, exponential_noise(logits.shape, logits.device))
+
+
+# ---- 7. World model (paper: World model learning, Eq. 2-3) -----------------------------------------------------------
+
+
+class Actor(nn.Module):
+    """pi(a | s): feat (..., F) -> a policy over the environment's actions."""
+
+    def __init__(self, feat_dim, units, spaces, unimix):
+        super().__init__()
+        self.classes, self.unimix = spaces.action_classes, unimix
+        self.mlp = mlp(feat_dim, units, 3)
+        outs = ("logits",) if self.classes else ("mean", "std")
+        self.outs = nn.ModuleDict(
+            {name: Linear(units, spaces.action_width, outscale=0.01) for name in outs}
+        )  # [D2]
+
+    def forward(self, feat):
+        x = self.mlp(feat)
+        outs = [out(x) for out in self.outs.values()]
+        return (
+            Categoricals(*outs, self.classes, self.unimix)
+            if self.classes
+            else BoundedNormals(*outs)
+        )
+
+
+class Dreamer(nn.Module):
+    """All networks, and the running percentiles of the returns."""
+
+    def __init__(self, args, spaces):
+        super().__init__()
+        net = {name: getattr(args, name) or number for name, number in SIZES[args.size].items()}
+        deter, units = net["deter"], net["units"]
+        flat_stoch = args.stoch * net["classes"]
+        feat_dim = deter + flat_stoch
+        bins = twohot_bins()
+        self.encoder = Encoder(spaces, net["depth"], units)
+        self.rssm = RSSM(
+            spaces.action_width, self.encoder.embed_dim, deter, net["hidden"], args.stoch, net["classes"], args.blocks,
+            args.unimix,
+        )  # fmt: skip
+        self.decoder = Decoder(spaces, deter, flat_stoch, net["depth"], units)
+        self.reward = Head(feat_dim, units, 1, len(bins), outscale=0.0)
+        self.cont = Head(feat_dim, units, 1, 1, outscale=1.0)
+        self.actor = Actor(feat_dim, units, spaces, args.actor_unimix)
+        self.critic = Head(feat_dim, units, 3, len(bins), outscale=0.0)
+        self.slow_critic = Head(feat_dim, units, 3, len(bins), outscale=0.0).requires_grad_(False)
+        self.slow_critic.load_state_dict(self.critic.state_dict())
+        self.register_buffer("bins", bins.to(torch.get_default_dtype()))
+        self.register_buffer("return_low", torch.zeros(()))
+        self.register_buffer("return_high", torch.zeros(()))
+
+
+def world_model_loss(model, batch, args):
+    """Losses of encoder, RSSM, decoder, reward and continue predictor on replayed sequences.
+
+    batch: tensors of T steps (see `Agent.train_step`). Returns a dict of losses, each (B, T), and the posterior states:
+    deter (B, T, D), stoch (B, T, S, K), with gradient.
+    """
+    embed = model.encoder(batch["obs"])  # (B, T, E)
+    deter, stoch, post_logits = model.rssm.observe(
+        embed, batch["prev_action"], batch["is_first"], batch["deter"], batch["stoch"]
+    )
+    feat = model.rssm.feat(deter, stoch)  # (B, T, F)
+
+    # L_pred: decoder, reward, continue. The discount is part of the continue flag, so imagination needs none. [D12]
+    losses = model.decoder.losses(model.decoder(deter, stoch), batch["obs"])
+    losses["reward"] = twohot_loss(model.reward(feat), batch["reward"], model.bins)
+    cont = (1 - batch["is_terminal"].to(feat.dtype)) * args.gamma
+    losses["cont"] = F.binary_cross_entropy_with_logits(
+        model.cont(feat).squeeze(-1), cont, reduction="none"
+    )
+
+    # L_dyn trains the prior towards the posterior, L_rep the posterior towards the prior. The KL is that of the mixed
+    # distributions, summed over the latent variables and only then clipped, for every step on its own. [D5]
+    post = mixed_log_probs(post_logits, args.unimix)
+    prior = mixed_log_probs(model.rssm.prior(deter), args.unimix)
+    losses["dyn"] = categorical_kl(post.detach(), prior).clamp(min=args.free_nats)
+    losses["rep"] = categorical_kl(post, prior.detach()).clamp(min=args.free_nats)
+    return losses, deter, stoch, post, prior
+
+
+# ---- 8. Behaviour: actor and critic (paper: Critic learning, Actor learning, Eq. 4-7) --------------------------------
+
+
+@torch.no_grad()
+def imagine(model, deter, stoch, horizon):
+    """Dream from N states with the actor's own actions: feat (N, H+1, F), action (N, H+1, A), start included.
+
+    deter (N, D), stoch (N, S, K). Nothing carries a gradient: the actor learns by REINFORCE alone, and imagination
+    teaches nothing to the world model. [D13] [D18]
+
+        t          0    1   ...   H
+        feat       s0   s1  ...   sH      s0 is a state of the replay
+        action     a0   a1  ...   aH      a[t] is chosen at s[t]; the last one is not carried out
+        reward     -    r1  ...   rH      predicted from s[t]: received on arriving there
+    """
+    feats, actions = [], []
+    for t in range(horizon + 1):
+        if t > 0:
+            deter, stoch = model.rssm.imagine_step(deter, stoch, actions[-1])
+        feats.append(model.rssm.feat(deter, stoch))
+        actions.append(model.actor(feats[-1]).sample())
+    return torch.stack(feats, 1), torch.stack(actions, 1)
+
+
+def lambda_return(reward, value, cont, last, return_lambda):
+    """Lambda-returns, computed backwards (Eq. 5):
+
+        R[t] = r[t+1] + c[t+1] ((1 - l[t+1]) v[t+1] + l[t+1] R[t+1]),  l = lambda (1 - last),  R[H] = v[H]
+
+    The paper counts the reward with the action that earns it (r_t); here it belongs to the state it leads to. [D14]
+    reward, value, cont, last: (N, H+1); cont in [0, 1] with the discount inside; last 1 where a trajectory is cut, so
+    that what follows counts only through the value. Returns (N, H).
+    """
+    assert reward.shape == value.shape == cont.shape == last.shape
+    mix = return_lambda * (1 - last)
+    ret = value[:, -1]
+    returns = []
+    for t in reversed(range(1, reward.shape[1])):
+        ret = reward[:, t] + cont[:, t] * ((1 - mix[:, t]) * value[:, t] + mix[:, t] * ret)
+        returns.append(ret)
+    return torch.stack(returns[::-1], 1)
+
+
+def critic_loss(logits, slow_value, returns, bins, slow_reg):
+    """Regression to the returns and, as a regulariser, to the slow critic's own prediction (Eq. 5) [D15]: (...)."""
+    return twohot_loss(logits, returns, bins) + slow_reg * twohot_loss(logits, slow_value, bins)
+
+
+def actor_critic_loss(model, feat, action, args):
+    """Losses of actor and critic on imagined trajectories (Eq. 5-7).
+
+    feat (N, H+1, F), action (N, H+1, A) from `imagine`. Updates the return range. Returns the losses `actor` and
+    `critic`, each (N, H), the returns (N, H), and the metrics.
+    """
+    logits = model.critic(feat)  # (N, H+1, V)
+    with torch.no_grad():
+        value = twohot_mean(
+            logits, model.bins
+        )  # (N, H+1), the fast critic: target and baseline [D15]
+        slow_value = twohot_mean(model.slow_critic(feat), model.bins)
+        reward = twohot_mean(model.reward(feat), model.bins)
+        cont = torch.sigmoid(model.cont(feat)).squeeze(-1)
+        weight = cont.cumprod(1)[:, :-1]  # (N, H); the start's own prediction counts too [D16]
+        returns = lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
+
+        # Return range S (Eq. 7): smoothed percentiles over the whole batch. Small returns are not blown up. [D17]
+        for bound, quantile in ((model.return_low, 0.05), (model.return_high, 0.95)):
+            bound.lerp_(torch.quantile(returns, quantile), args.return_rate)
+        return_scale = (model.return_high - model.return_low).clamp(min=1)
+        advantage = (returns - value[:, :-1]) / return_scale
+
+    policy = model.actor(feat[:, :-1])
+    entropy = policy.entropy()  # (N, H)
+    actor = -weight * (policy.log_prob(action[:, :-1]) * advantage + args.ent_coef * entropy)
+    critic = weight * critic_loss(
+        logits[:, :-1], slow_value[:, :-1], returns, model.bins, args.slow_reg
+    )
+    assert actor.shape == critic.shape == returns.shape
+    metrics = {
+        "behaviour/return": returns.mean(),
+        "behaviour/value": value.mean(),
+        "behaviour/slow_value": slow_value.mean(),
+        "behaviour/reward": reward.mean(),
+        "behaviour/cont": cont.mean(),
+        "behaviour/weight": weight.mean(),
+        "behaviour/return_scale": return_scale,
+        "behaviour/advantage": advantage.mean(),
+        "behaviour/advantage_std": advantage.std(),
+        "behaviour/policy_entropy": entropy.detach().mean(),
+    }
+    return {"actor": actor, "critic": critic}, returns, metrics
+
+
+def replay_critic_loss(model, feat, bootstrap, batch, args):
+    """Critic loss on the replayed sequences themselves: (B, T-1). Its gradient reaches the world model. [D19]
+
+    feat (B, T, F) with gradient; bootstrap (B, T), the imagined return from each state; rewards and ends are the real
+    ones. A step that ends an episode has no return of its own.
+    """
+    last = batch["is_last"].to(feat.dtype)
+    cont = (1 - batch["is_terminal"].to(feat.dtype)) * args.gamma
+    returns = lambda_return(batch["reward"], bootstrap, cont, last, args.return_lambda)  # (B, T-1)
+    with torch.no_grad():
+        slow_value = twohot_mean(model.slow_critic(feat), model.bins)
+    loss = critic_loss(
+        model.critic(feat)[:, :-1], slow_value[:, :-1], returns, model.bins, args.slow_reg
+    )
+    return (1 - last[:, :-1]) * loss
+
+
+# ---- 9. Optimizer: adaptive gradient clipping and LaProp (paper: Extended Data Table 4) ------------------------------
+
+
+class LaProp:
+    """One optimizer for all networks [D20]. For each tensor, in this order:
+
+        g  <- g * min(1, clip * max(1e-3, |p|) / |g|)               adaptive gradient clipping, L2 norms
+        nu <- beta2 nu + (1 - beta2) g^2;    u = g / (sqrt(nu / (1 - beta2^n)) + eps)
+        mu <- beta1 mu + (1 - beta1) u;      p <- p - lr mu / (1 - beta1^n)
+
+    with n = 1, 2, ... the update's number and lr rising linearly from exactly 0 at the first one. Adam would apply the
+    momentum before the normalisation. The optimizer owns the parameters, float32; `params`, which the networks compute
+    with, may be rounded copies of them.
+    """
+
+    def __init__(self, params, args):
+        self.params = list(params)
+        self.exact = [
+            p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self.params
+        ]
+        self.nu = [torch.zeros_like(p) for p in self.exact]
+        self.mu = [torch.zeros_like(p) for p in self.exact]
+        self.updates = torch.zeros((), device=self.exact[0].device, dtype=self.exact[0].dtype)
+        self.args = args
+
+    @torch.no_grad()
+    def step(self):
+        """Apply and clear the gradients. Returns metrics; no value leaves the device."""
+        args = self.args
+        grads = [p.grad.to(x.dtype) for p, x in zip(self.params, self.exact, strict=True)]
+        norms = torch.stack(torch._foreach_norm(grads))
+        limits = args.agc_clip * torch.stack(torch._foreach_norm(self.exact)).clamp(min=1e-3)
+        torch._foreach_mul_(grads, list((1 / (norms / limits).clamp(min=1)).unbind()))
+
+        lr = args.learning_rate * (self.updates / max(1, args.warmup_updates)).clamp(max=1)
+        if args.warmup_updates == 0:
+            lr = torch.full_like(lr, args.learning_rate)
+        self.updates += 1
+        torch._foreach_lerp_(self.nu, torch._foreach_mul(grads, grads), 1 - args.beta2)
+        scale = torch._foreach_div(self.nu, 1 - args.beta2**self.updates)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, args.laprop_eps)
+        torch._foreach_div_(grads, scale)
+        torch._foreach_lerp_(self.mu, grads, 1 - args.beta1)
+        torch._foreach_add_(
+            self.exact, torch._foreach_mul(self.mu, -lr / (1 - args.beta1**self.updates))
+        )
+        copy_rounded(self.params, self.exact)
+        for p in self.params:
+            p.grad = None
+        clipped = (norms > limits).to(norms.dtype).mean()
+        return {
+            "losses/grad_norm": norms.norm(),
+            "losses/grad_clipped": clipped,
+            "charts/learning_rate": lr,
+        }
+
+
+def copy_rounded(params, exact):
+    """Refresh the networks' copies of the parameters; nothing to do where both are the same tensor."""
+    pairs = [(p, x) for p, x in zip(params, exact, strict=True) if p.data_ptr() != x.data_ptr()]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+
+
+# ---- 10. Agent -------------------------------------------------------------------------------------------------------
+
+
+class Agent:
+    """The networks with their optimizer: `act` in the environment, `train_step` on replayed sequences."""
+
+    def __init__(self, args, spaces, device="cpu", dtype=torch.float32):
+        self.args, self.spaces, self.device = args, spaces, torch.device(device)
+        self.model = Dreamer(args, spaces).to(self.device)
+        critic, slow = self.model.critic, self.model.slow_critic
+        # The exact parameters are kept before the matrices are rounded to the compute type.
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = LaProp(trained, args)
+        self.slow_exact = [p.detach() for p in slow.parameters()]
+        if dtype != torch.float32:
+            for module in self.model.modules():
+                if isinstance(module, (Linear, Conv, BlockLinear)):
+                    for p in module.parameters(recurse=False):
+                        p.data = p.data.to(dtype)
+        exact = dict(zip(map(id, trained), self.optimizer.exact, strict=True))
+        self.critic_exact = [exact[id(p)] for p in critic.parameters()]
+        self.slow_params = list(slow.parameters())
+
+    def initial(self, num_envs):
+        """What `act` carries from step to step: deter (n, D), stoch (n, S, K), previous action (n, A); zeros."""
+        deter, stoch = self.model.rssm.initial(num_envs)
+        return deter, stoch, deter.new_zeros(num_envs, self.spaces.action_width)
+
+    @torch.no_grad()
+    def act(self, obs, is_first, carry, greedy=False):
+        """One decision for n environments. obs: dict of tensors (n, ...); is_first (n,) bool; carry as of `initial`.
+
+        Returns the new carry: the posterior state at this observation and the action vector (n, A), which is sampled,
+        or the most likely one if `greedy`.
+        """
+        deter, stoch, prev_action = carry
+        embed = self.model.encoder({key: x.unsqueeze(1) for key, x in obs.items()})
+        deter, stoch, _ = self.model.rssm.observe(
+            embed, prev_action.unsqueeze(1), is_first.unsqueeze(1), deter, stoch
+        )
+        deter, stoch = deter.squeeze(1), stoch.squeeze(1)
+        policy = self.model.actor(self.model.rssm.feat(deter, stoch))
+        return deter, stoch, policy.mode() if greedy else policy.sample()
+
+    def loss(self, batch):
+        """The sum of all losses (scalar), its metrics, and the posterior states (B, T, ...).
+
+        batch: obs dict (B, T, ...), prev_action (B, T, A), reward, is_first, is_last, is_terminal (B, T), and the state
+        before the first step, deter (B, D), stoch (B, S, K).
+        """
+        args, model = self.args, self.model
+        losses, deter, stoch, post, prior = world_model_loss(model, batch, args)
+        feat, action = imagine(
+            model, deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1), args.imag_horizon
+        )
+        behaviour, returns, metrics = actor_critic_loss(model, feat, action, args)
+        bootstrap = returns[:, 0].unflatten(0, deter.shape[:2])
+        repval = replay_critic_loss(model, model.rssm.feat(deter, stoch), bootstrap, batch, args)
+        assert all(x.shape == deter.shape[:2] for x in losses.values()), (
+            "a world model loss is not (B, T)"
+        )
+        losses |= behaviour | {"repval": repval}
+
+        scales = dict.fromkeys(losses, args.beta_pred)
+        scales |= dict(
+            dyn=args.beta_dyn,
+            rep=args.beta_rep,
+            actor=1.0,
+            critic=args.beta_val,
+            repval=args.beta_repval,
+        )
+        means = {name: loss.mean() for name, loss in losses.items()}
+        total = sum(scales[name] * mean for name, mean in means.items())
+        metrics |= {f"losses/{name}": mean.detach() for name, mean in means.items()}
+        metrics["losses/total"] = total.detach()
+        with torch.no_grad():
+            metrics["latents/posterior_entropy"] = -(post.exp() * post).sum((-2, -1)).mean()
+            metrics["latents/prior_entropy"] = -(prior.exp() * prior).sum((-2, -1)).mean()
+        return total, metrics, deter.detach(), stoch.detach()
+
+    def train_step(self, batch):
+        """One update of everything. batch: tensors of T+1 steps as `Replay.sample` gives them, on the device.
+
+        The first step is only context: its stored state and action start the sequence [D21]. Returns the metrics and
+        what the replay stores for the T steps: deter (B, T, D) float16 and the classes of stoch (B, T, S) uint8.
+        """
+        steps = {key: batch[key][:, 1:] for key in ("reward", "is_first", "is_last", "is_terminal")}
+        steps["obs"] = {key: batch[key][:, 1:] for key in ("image", "vector") if key in batch}
+        steps["prev_action"] = batch["action"][:, :-1]
+        steps["deter"] = batch["deter"][:, 0].to(self.model.bins.dtype)
+        steps["stoch"] = one_hot(batch["stoch"][:, 0], self.model.rssm.stoch_shape[1])
+        metrics, deter, stoch = self.update(steps)
+        return metrics, deter.half(), stoch.argmax(-1).to(torch.uint8)
+
+    def update(self, batch):
+        """Losses, gradients, optimizer, slow critic. batch as for `loss`; returns metrics, deter, stoch."""
+        total, metrics, deter, stoch = self.loss(batch)
+        total.backward()
+        metrics |= self.optimizer.step()
+        torch._foreach_lerp_(self.slow_exact, self.critic_exact, self.args.tau)
+        copy_rounded(self.slow_params, self.slow_exact)
+        return metrics, deter, stoch
+
+    def state_dict(self):
+        """Parameters (float32), slow critic, return range and optimizer, as tensors by name."""
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        opt = self.optimizer
+        return {
+            "params": dict(zip(names, opt.exact, strict=True)),
+            "nu": dict(zip(names, opt.nu, strict=True)),
+            "mu": dict(zip(names, opt.mu, strict=True)),
+            "updates": opt.updates,
+            "slow_critic": dict(
+                zip(map(str, range(len(self.slow_exact))), self.slow_exact, strict=True)
+            ),
+            "return_low": self.model.return_low,
+            "return_high": self.model.return_high,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Copy a `state_dict` into this agent. Raises UserError if it belongs to other networks."""
+        own = self.state_dict()
+        flat = lambda tree: {
+            (group, name): x
+            for group, items in tree.items()
+            for name, x in (items.items() if isinstance(items, dict) else [("", items)])
+        }
+        own, state = flat(own), flat(state)
+        if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in state.items()}:
+            raise UserError("the checkpoint's networks do not fit this environment or size")
+        for key, x in own.items():
+            x.copy_(state[key])
+        copy_rounded(self.optimizer.params, self.optimizer.exact)
+        copy_rounded(self.slow_params, self.slow_exact)
+
+
+# ---- 11. Replay ------------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """Ring of the last steps of every environment, with the latent state of each step.
+
+    One stream per environment; streams have equal length because environments step together. Sequences cross episode
+    boundaries: the RSSM resets at is_first. Images are uint8. The latents are stored as float16 (|h| < 1) and class
+    indices. Arrays are (num_envs, length, ...); the operating system gives them memory as they fill.
+    """
+
+    def __init__(self, length, num_envs, spaces, deter, stoch, batch_size, batch_length, seed):
+        vector = sum(width for _, width, _ in spaces.vectors)
+        fields = {
+            "image": ((IMAGE_SIZE, IMAGE_SIZE, spaces.channels), np.uint8),
+            "vector": ((vector,), np.float32),
+            "action": ((spaces.action_width,), np.float32),
+            "reward": ((), np.float32),
+            "is_first": ((), np.bool_),
+            "is_last": ((), np.bool_),
+            "is_terminal": ((), np.bool_),
+            "deter": ((deter,), np.float16),
+            "stoch": ((stoch,), np.uint8),
+        }
+        self.data = {
+            name: np.zeros((num_envs, length, *shape), dtype)
+            for name, (shape, dtype) in fields.items()
+            if 0 not in shape
+        }
+        self.length, self.num_envs = length, num_envs
+        self.batch_size, self.window = batch_size, batch_length + 1
+        self.steps = 0  # written to each stream so far; step i is at i % length
+        self.fresh = (
+            deque()
+        )  # (env, first step) of sequences that no batch has had yet: the online queue
+        self.rng = np.random.default_rng(seed)
+
+    def nbytes(self):
+        """Bytes the arrays take when full."""
+        return sum(x.nbytes for x in self.data.values())
+
+    def __len__(self):
+        """Number of start positions of sequences."""
+        return self.num_envs * max(0, min(self.steps, self.length) - self.window + 1)
+
+    def add(self, entry):
+        """Append one step of every environment: dict of arrays (num_envs, ...)."""
+        for name, array in self.data.items():
+            array[:, self.steps % self.length] = entry[name]
+        self.steps += 1
+        if self.steps % self.window == 0:
+            self.fresh.extend((env, self.steps - self.window) for env in range(self.num_envs))
+
+    def sample(self):
+        """A batch of T+1 steps: dict of arrays (B, T+1, ...), and its place for `write_latents`.
+
+        The newest sequences that no batch has had yet come first, then uniformly drawn ones (online queue).
+        """
+        oldest = max(0, self.steps - self.length)
+        starts = []
+        while self.fresh and len(starts) < self.batch_size:
+            env, start = self.fresh.popleft()
+            if start >= oldest:
+                starts.append((env, start))
+        for index in self.rng.integers(len(self), size=self.batch_size - len(starts)):
+            starts.append((index % self.num_envs, oldest + index // self.num_envs))
+        envs, first = np.array(starts).T[:, :, None]
+        place = envs, (first + np.arange(self.window)) % self.length
+        batch = {name: array[place] for name, array in self.data.items()}
+        # An episode abandoned without is_last (a run that was stopped) ends where the next one begins.
+        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
+        return batch, place
+
+    def write_latents(self, place, deter, stoch):
+        """Store the states that an update computed: (B, T, D) and (B, T, S) for all steps but the context."""
+        envs, steps = place
+        self.data["deter"][envs, steps[:, 1:]] = deter
+        self.data["stoch"][envs, steps[:, 1:]] = stoch
+
+
+# ---- 12. Environments ------------------------------------------------------------------------------------------------
+
+
+def make_envs(args, num_envs, video=None):
+    """Gymnasium vector environment with NEXT_STEP autoreset; `video` is a folder for RecordVideo or None.
+
+    Raises UserError if it cannot be made.
+    """
+    kwargs = parse_env_kwargs(args.env_kwargs)
+    mode, wrappers = "async" if args.async_envs else None, None
+    if args.env_id.startswith("ALE/"):
+        import_optional("ale_py", "gymnasium[atari]")  # importing it registers its environments
+    if video:  # a vector environment in C++ does not render: record a single one
+        import_optional("moviepy", "moviepy")
+        mode, wrappers = (
+            "sync",
+            [lambda env: gym.wrappers.RecordVideo(env, str(video), lambda episode: True)],
+        )
+        kwargs["render_mode"] = "rgb_array"
+    elif args.env_id.startswith("ALE/") and not args.async_envs:
+        # The C++ environment resizes and takes the maximum over two frames. Rewards and lives stay as the game has them.
+        kwargs = dict(
+            img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1, noop_max=30,
+            use_fire_reset=False, reward_clipping=False, episodic_life=False,
+        ) | kwargs  # fmt: skip
+    try:
+        envs = gym.make_vec(
+            args.env_id, num_envs, vectorization_mode=mode, wrappers=wrappers, **kwargs
+        )
+    except Exception as error:
+        raise UserError(f"cannot make --env-id {args.env_id}: {error}") from error
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        raise UserError(f"{args.env_id} is not reset in NEXT_STEP mode, which the replay relies on")
+    return envs
+
+
+def parse_env_kwargs(text):
+    """The JSON object of --env-kwargs as a dict. Raises UserError."""
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--env-kwargs is not JSON ({error}): {text}") from error
+    if not isinstance(kwargs, dict):
+        raise UserError(
+            f"--env-kwargs must be a JSON object like '{{\"frameskip\": 4}}', not {text}"
+        )
+    return kwargs
+
+
+def import_optional(module, package):
+    """Import a package that only some uses need. Raises UserError with the command that installs it."""
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise UserError(f"this needs the package {module}: pip install '{package}'") from error
+
+
+def leaves(space, name=""):
+    """All simple spaces inside nested Dict and Tuple spaces, with the path to each: yields (name, path, space)."""
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        items = (
+            space.spaces.items() if isinstance(space, gym.spaces.Dict) else enumerate(space.spaces)
+        )
+        for key, inner in items:
+            for leaf, path, leaf_space in leaves(inner, f"{name}/{key}" if name else str(key)):
+                yield leaf, (key, *path), leaf_space
+    else:
+        yield name or "observation", (), space
+
+
+def image_channels(shape):
+    """Channels and whether they come first, for the shape of a uint8 image; None if it is not an image."""
+    if len(shape) == 2:
+        return 1, False
+    if len(shape) == 4 and shape[-1] in (1, 3, 4):  # stacked frames
+        return shape[0] * shape[-1], False
+    if len(shape) == 3 and shape[-1] <= min(shape[0], 4):
+        return shape[-1], False
+    if len(shape) == 3 and shape[0] < min(shape[1:]):
+        return shape[0], True
+    if len(shape) == 3 and shape[-1] < min(shape[:2]):
+        return shape[-1], False
+    return None
+
+
+def discrete_classes(space):
+    """Number of classes of each variable of a discrete space: a tuple; empty for other spaces."""
+    if isinstance(space, gym.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return tuple(int(n) for n in space.nvec.flatten())
+    if isinstance(space, gym.spaces.MultiBinary):
+        return (2,) * int(np.prod(space.shape))
+    return ()
+
+
+def first_value(space):
+    """The smallest value of a discrete space, which is encoded as class 0."""
+    return getattr(space, "start", 0)
+
+
+class Environments:
+    """A vector environment in the agent's terms: images resized to 64x64, one flat vector, action vectors.
+
+    `spaces` describes them to the networks. Raises UserError for spaces that cannot be encoded.
+    """
+
+    def __init__(self, args, num_envs, seed, video=None):
+        self.envs, self.num_envs, self.seed = make_envs(args, num_envs, video), num_envs, seed
+        self.images, self.vectors = {}, {}
+        for name, path, space in leaves(self.envs.single_observation_space):
+            if (
+                isinstance(space, gym.spaces.Box)
+                and space.dtype == np.uint8
+                and len(space.shape) >= 2
+            ):
+                if image_channels(space.shape) is None:
+                    raise UserError(
+                        f"observation {name} of shape {space.shape}: cannot tell which axis is colour"
+                    )
+                self.images[name] = path, space
+            elif isinstance(space, gym.spaces.Box) or discrete_classes(space):
+                self.vectors[name] = path, space
+            else:
+                raise UserError(
+                    f"observation {name}: {type(space).__name__} spaces are not supported"
+                )
+        self.images, self.vectors = (
+            dict(sorted(self.images.items())),
+            dict(sorted(self.vectors.items())),
+        )
+        vectors = []
+        for name, (_, space) in self.vectors.items():
+            classes = discrete_classes(space)
+            vectors.append((name, sum(classes) or int(np.prod(space.shape)), classes))
+        action = self.action_space = self.envs.single_action_space
+        classes = discrete_classes(action)
+        if not classes and not isinstance(action, gym.spaces.Box):
+            raise UserError(f"{type(action).__name__} actions are not supported")
+        channels = sum(image_channels(space.shape)[0] for _, space in self.images.values())
+        self.spaces = Spaces(
+            channels, tuple(vectors), classes, sum(classes) or int(np.prod(action.shape))
+        )
+
+    def reset(self):
+        """First observations of all environments: dict of arrays (num_envs, ...)."""
+        return self.encode_obs(self.envs.reset(seed=self.seed)[0])
+
+    def send(self, action):
+        """Start a step with action vectors (num_envs, A); `receive` gives its outcome. Between the two, environments
+        that can (Atari, --async-envs) run beside the training."""
+        self.action = self.decode_action(action)
+        begin = getattr(self.envs, "send", None) or getattr(self.envs, "step_async", None)
+        if begin:
+            begin(self.action)
+
+    def receive(self):
+        """obs, reward, terminated, truncated of the step; after an end, the first observation of the next episode."""
+        finish = getattr(self.envs, "recv", None) or getattr(self.envs, "step_wait", None)
+        obs, reward, terminated, truncated, _ = finish() if finish else self.envs.step(self.action)
+        return self.encode_obs(obs), np.asarray(reward, np.float32), terminated, truncated
+
+    def encode_obs(self, obs):
+        """Observations of the vector environment -> dict of `image` (n, 64, 64, C) uint8, `vector` (n, width)."""
+        encoded = {}
+        if self.images:
+            images = [
+                encode_image(select(obs, path), space) for path, space in self.images.values()
+            ]
+            encoded["image"] = np.concatenate(images, -1)
+        if self.vectors:
+            vectors = [
+                encode_vector(select(obs, path), space) for path, space in self.vectors.values()
+            ]
+            encoded["vector"] = np.concatenate(vectors, -1)
+        return encoded
+
+    def decode_action(self, action):
+        """Action vectors (n, A) -> actions of the environment. Continuous ones are clipped to [-1, 1] and scaled to
+        the bounds, where there are any."""
+        space = self.action_space
+        if self.spaces.action_classes:
+            ends = np.cumsum(self.spaces.action_classes)[:-1]
+            index = np.stack([part.argmax(-1) for part in np.split(action, ends, -1)], -1)
+            return index.reshape(-1, *space.shape).astype(space.dtype) + first_value(space)
+        action = action.reshape(-1, *space.shape)
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+        scaled = low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
+        action = np.where(bounded, scaled, np.clip(action, space.low, space.high))
+        return (np.rint(action) if np.issubdtype(space.dtype, np.integer) else action).astype(
+            space.dtype
+        )
+
+
+def select(obs, path):
+    """The part of a nested observation at `path`."""
+    for key in path:
+        obs = obs[key]
+    return obs
+
+
+def encode_image(image, space):
+    """(n, ...) uint8 images of a space -> (n, 64, 64, C) uint8, resized by averaging areas."""
+    channels, channels_first = image_channels(space.shape)
+    image = np.asarray(image)
+    if len(space.shape) == 4:
+        image = np.moveaxis(image, 1, -2)  # stacked frames become channels
+    elif channels_first:
+        image = np.moveaxis(image, 1, -1)
+    image = image.reshape(*image.shape[:3], channels)
+    if image.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE):
+        return image
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(0, 3, 1, 2).float()
+    x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="area").round().to(torch.uint8)
+    return x.permute(0, 2, 3, 1).numpy()
+
+
+def encode_vector(value, space):
+    """(n, ...) values of a space -> (n, width) float32; discrete ones as one-hot vectors side by side."""
+    value = np.asarray(value)
+    classes = discrete_classes(space)
+    if not classes:
+        return value.reshape(len(value), -1).astype(np.float32)
+    index = (value - first_value(space)).reshape(len(value), -1)
+    return np.concatenate(
+        [np.eye(n, dtype=np.float32)[index[:, i].astype(int)] for i, n in enumerate(classes)], -1
+    )
+
+
+# ---- 13. Logging, evaluation, checkpoint -----------------------------------------------------------------------------
+
+
+class Logger:
+    """Metrics to `metrics.jsonl` always, to TensorBoard if that package is installed, to W&B with --track; and one
+    status line: rewritten in place on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, args, folder):
+        self.file = open(folder / "metrics.jsonl", "a", buffering=1)
+        self.tensorboard = self.wandb = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(folder)
+        except ImportError:
+            pass
+        if args.track:
+            self.wandb = import_optional("wandb", "wandb")
+            self.wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=folder.name,
+                config=asdict(args),
+            )
+        self.total, self.terminal = args.total_timesteps, sys.stdout.isatty()
+        self.interval = 0.5 if self.terminal else 10.0  # seconds
+        self.began = self.shown = time.time()
+        self.before = deque(
+            [(self.began, 0, 0)], maxlen=20
+        )  # (time, step, updates) of the last status lines
+        self.returns, self.rate = deque(maxlen=20), 0.0
+
+    def write(self, step, metrics):
+        """One line of scalars: dict of name -> number or 0-d tensor."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        self.file.write(
+            json.dumps({"step": step, "time": round(time.time() - self.began, 3)} | metrics) + "\n"
+        )
+        if self.tensorboard:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def episode(self, step, episode_return, length):
+        """A finished training episode: raw return, length in agent steps."""
+        self.returns.append(episode_return)
+        self.write(
+            step, {"charts/episodic_return": episode_return, "charts/episodic_length": length}
+        )
+
+    def status(self, step, updates, force=False):
+        """Show the status line if it is time. Returns steps and updates per second."""
+        now = time.time()
+        if not force and now - self.shown < self.interval:
+            return
+        self.shown = now
+        self.before.append((now, step, updates))
+        seconds, steps, recent = (
+            b - a for a, b in zip(self.before[0], self.before[-1], strict=True)
+        )
+        rate = self.rate = steps / max(seconds, 1e-9)
+        left = (self.total - step) / max(rate, 1e-9)
+        episodes = (
+            f"return {self.returns[-1]:.1f}, mean {np.mean(self.returns):.1f}"
+            if self.returns
+            else "no episode yet"
+        )
+        line = (
+            f"step {step:,}/{self.total:,}  {rate:.1f} steps/s  {recent / max(seconds, 1e-9):.2f} updates/s  "
+            f"{duration(left)} left  {episodes}"
+        )
+        print(
+            f"\r\x1b[2K{line}" if self.terminal else line,
+            end="" if self.terminal else "\n",
+            flush=True,
+        )
+
+    def message(self, text):
+        """A line of its own beside the status line."""
+        print(f"\r\x1b[2K{text}" if self.terminal else text, flush=True)
+
+    def close(self):
+        """Flush and close everything."""
+        if self.terminal:
+            print()
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def duration(seconds):
+    """Seconds as text: 5s, 3m20s, 2h05m, 4d03h."""
+    seconds = int(min(seconds, 1e9))
+    for unit, size, part, step in (
+        ("d", 86400, "h", 3600),
+        ("h", 3600, "m", 60),
+        ("m", 60, "s", 1),
+    ):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // step:02d}{part}"
+    return f"{seconds}s"
+
+
+def to_device(arrays, device):
+    """dict of numpy arrays -> dict of tensors on the device, through pinned memory on a GPU."""
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(x)) for key, x in arrays.items()}
+    if device.type == "cuda":
+        return {key: x.pin_memory().to(device, non_blocking=True) for key, x in tensors.items()}
+    return tensors
+
+
+def evaluate(agent, args, episodes, video=None):
+    """Returns of `episodes` episodes in environments of their own, with the most likely actions (or sampled ones with
+    --eval-sample); `video` is a folder to record them in. Each environment plays a fixed number of episodes: taking the
+    first to finish would favour short ones.
+    """
+    num_envs = 1 if video else min(episodes, 8)
+    envs = Environments(args, num_envs, seed=args.seed + 10_000, video=video)
+    remaining = np.array(
+        [episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)]
+    )
+    obs, is_first, carry = envs.reset(), np.ones(num_envs, bool), agent.initial(num_envs)
+    running, returns = np.zeros(num_envs), []
+    while remaining.any():
+        tensors = to_device(obs | {"is_first": is_first}, agent.device)
+        first = tensors.pop("is_first")
+        carry = agent.act(tensors, first, carry, greedy=not args.eval_sample)
+        envs.send(carry[-1].cpu().numpy())
+        obs, reward, terminated, truncated = envs.receive()
+        running += reward
+        is_first = terminated | truncated
+        for env in np.flatnonzero(is_first):
+            if remaining[env]:
+                returns.append(running[env])
+                remaining[env] -= 1
+            running[env] = 0
+    envs.envs.close()
+    return np.array(returns)
+
+
+def report_evaluation(agent, args, step, logger, folder):
+    """Evaluate, log under names of its own, and say so. Returns the returns."""
+    returns = evaluate(agent, args, args.eval_episodes)
+    if args.capture_video:
+        evaluate(agent, args, 1, video=folder / "videos" / f"step_{step}")
+    logger.write(
+        step, {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()}
+    )
+    logger.message(f"step {step:,}  evaluation: {summary(returns)}")
+    return returns
+
+
+def summary(returns):
+    """Mean, spread and range of returns as text."""
+    error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else math.nan
+    return (
+        f"mean {returns.mean():.1f} +- {error:.1f} (standard error), median {np.median(returns):.1f}, "
+        f"min {returns.min():.1f}, max {returns.max():.1f}, {len(returns)} episodes"
+    )
+
+
+def save_checkpoint(path, agent, args, step, updates):
+    """Write everything `load_checkpoint` needs to a temporary file and put it in place in one step, so that a run that is
+    killed leaves the old checkpoint or the new one, never half of one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(
+            {"args": asdict(args), "step": step, "updates": updates, "agent": agent.state_dict()},
+            file,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, device):
+    """The dict of `save_checkpoint`. Executes no code from the file. Raises UserError if it is not a checkpoint."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["args"] = Args(**checkpoint["args"])
+        return checkpoint
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load the checkpoint {path}: {reason}") from error
+
+
+# ---- 14. Main --------------------------------------------------------------------------------------------------------
+
+
+def check_args(args):
+    """Raise UserError for numbers that cannot work together."""
+    net = {name: getattr(args, name) or number for name, number in SIZES[args.size].items()}
+    positive = "total_timesteps num_envs buffer_size batch_size batch_length log_every save_every stoch blocks imag_horizon"
+    for name in positive.split():
+        if getattr(args, name) < 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}"
+            )
+    for name in ("eval_every", "eval_episodes", "train_ratio", "warmup_updates", "ent_coef"):
+        if getattr(args, name) < 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}"
+            )
+    for name in ("gamma", "return_lambda", "unimix", "actor_unimix", "tau", "return_rate"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}"
+            )
+    if net["deter"] % args.blocks or net["deter"] % 8:
+        raise UserError(
+            f"--deter {net['deter']} must be divisible by 8 and by --blocks {args.blocks}"
+        )
+    if not 2 <= net["classes"] <= 256:
+        raise UserError(f"--classes must lie in 2 ... 256, not {net['classes']}")
+    needed = args.batch_size * args.batch_length + args.num_envs * args.batch_length
+    if args.buffer_size < needed:
+        raise UserError(
+            f"--buffer-size {args.buffer_size} is too small for one batch: at least {needed}"
+        )
+
+
+def choose_device(args):
+    """The device and the type of its matrix products."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
+
+
+def describe(args, envs, agent, replay, folder, dtype):
+    """Print what was decided."""
+    count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)
+    parts = ", ".join(
+        f"{name} {count(module):,}"
+        for name, module in agent.model.named_children()
+        if count(module)
+    )
+    spaces, ratio = envs.spaces, args.train_ratio / (args.batch_size * args.batch_length)
+    sees = [f"image 64x64x{spaces.channels}"] if spaces.channels else []
+    sees += [
+        f"{name} ({width}{', discrete' if classes else ''})"
+        for name, width, classes in spaces.vectors
+    ]
+    acts = (
+        f"discrete {spaces.action_classes}"
+        if spaces.action_classes
+        else f"continuous ({spaces.action_width})"
+    )
+    device = "cpu" if agent.device.type == "cpu" else torch.cuda.get_device_name(agent.device)
+    print(f"environment  {args.env_id} x {args.num_envs}: {', '.join(sees)}; actions {acts}")
+    print(f"parameters   {count(agent.model):,}: {parts}")
+    print(
+        f"replay       {replay.num_envs} x {replay.length:,} steps, {replay.nbytes() / 1e9:.2f} GB when full"
+    )
+    print(f"device       {device}, {str(dtype).removeprefix('torch.')}")
+    print(f"schedule     {ratio:.3g} updates per step, {args.total_timesteps * ratio:,.0f} in all")
+    if agent.device.type == "cpu":
+        print("             on the CPU: the status line shows the time left once updates begin")
+    print(f"run          {folder}", flush=True)
+
+
+def evaluate_checkpoint(args, device, dtype):
+    """--evaluate: play with the networks and the environment of a checkpoint. Returns the returns."""
+    checkpoint = load_checkpoint(args.evaluate, device)
+    kept = ("evaluate", "eval_episodes", "eval_sample", "capture_video", "seed", "cuda", "dtype")
+    args = replace(checkpoint["args"], **{name: getattr(args, name) for name in kept})
+    envs = Environments(args, 1, args.seed)
+    agent = Agent(args, envs.spaces, device, dtype)
+    envs.envs.close()
+    agent.load_state_dict(checkpoint["agent"])
+    returns = evaluate(agent, args, args.eval_episodes)
+    if args.capture_video:
+        evaluate(
+            agent,
+            args,
+            1,
+            video=Path(args.evaluate).parent / "videos" / f"step_{checkpoint['step']}",
+        )
+    print(f"{args.env_id} after {checkpoint['step']:,} steps: {summary(returns)}")
+    return returns
+
+
+def main(args):
+    """Train as `args` say, or evaluate. Returns the returns of the last evaluation. Raises UserError."""
+    check_args(args)
+    device, dtype = choose_device(args)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    if args.evaluate:
+        return evaluate_checkpoint(args, device, dtype)
+
+    envs = Environments(args, args.num_envs, args.seed)
+    agent = Agent(args, envs.spaces, device, dtype)
+    rssm = agent.model.rssm
+    length = -(-min(args.buffer_size, args.total_timesteps + args.num_envs) // args.num_envs)
+    replay = Replay(
+        length, args.num_envs, envs.spaces, rssm.deter_dim, args.stoch, args.batch_size, args.batch_length, args.seed
+    )  # fmt: skip
+    name = re.sub(r"[^\w.-]+", "-", args.env_id)
+    folder = (
+        Path(args.run_dir)
+        / f"{name}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    describe(args, envs, agent, replay, folder, dtype)
+    logger = Logger(args, folder)
+
+    step = updates = 0
+    credit = None  # updates owed; None until the replay can fill a batch
+    metrics, returns = {}, None
+    obs, carry = envs.reset(), agent.initial(args.num_envs)
+    reward = np.zeros(args.num_envs, np.float32)
+    is_first = np.ones(args.num_envs, bool)
+    is_last = is_terminal = np.zeros(args.num_envs, bool)
+    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+    due = lambda every: every and step // every > (step - args.num_envs) // every
+    try:
+        while step < args.total_timesteps:
+            # Act. The action of an episode's last step is never carried out: zeros.
+            tensors = to_device(obs | {"is_first": is_first}, device)
+            carry = agent.act(tensors, tensors.pop("is_first"), carry)
+            deter, stoch, action = (
+                x.cpu().numpy() for x in (carry[0].half(), carry[1].argmax(-1), carry[2])
+            )
+            action = np.where(is_last[:, None], 0, action)
+            flags = {"is_first": is_first, "is_last": is_last, "is_terminal": is_terminal}
+            replay.add(
+                obs | flags | {"action": action, "reward": reward, "deter": deter, "stoch": stoch}
+            )
+            step += args.num_envs
+            envs.send(action)
+
+            # Train, while the environments step.
+            if len(replay) >= args.batch_size * args.batch_length:
+                per_step = args.train_ratio / (args.batch_size * args.batch_length)
+                credit = 1.0 if credit is None else credit + args.num_envs * per_step
+                while credit >= 1:
+                    batch, place = replay.sample()
+                    metrics, deter, stoch = agent.train_step(to_device(batch, device))
+                    replay.write_latents(place, deter.cpu().numpy(), stoch.cpu().numpy())
+                    updates, credit = updates + 1, credit - 1
+                    logger.status(step, updates)
+
+            # See what the action led to; the replay entry of it is complete after the next decision.
+            obs, reward, terminated, truncated = envs.receive()
+            is_first, is_last, is_terminal = is_last, terminated | truncated, terminated
+            episode_return += reward
+            episode_length += ~is_first
+            for env in np.flatnonzero(is_last):
+                logger.episode(step, episode_return[env], int(episode_length[env]))
+                episode_return[env] = episode_length[env] = 0
+
+            logger.status(step, updates)
+            if metrics and due(args.log_every):
+                logger.write(step, metrics | {"charts/updates": updates, "charts/SPS": logger.rate})
+            if due(args.save_every):
+                save_checkpoint(folder / "checkpoint.pt", agent, args, step, updates)
+            if args.eval_episodes and (due(args.eval_every) or step >= args.total_timesteps):
+                returns = report_evaluation(agent, args, step, logger, folder)
+    except KeyboardInterrupt:
+        logger.message(f"interrupted at step {step:,}")
+        raise
+    finally:
+        save_checkpoint(folder / "checkpoint.pt", agent, args, step, updates)
+        envs.envs.close()
+        logger.close()
+    return returns
+
+
+def cli():
+    """The command line. Exit status 2 and one line for what the user can put right."""
+    try:
+        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    except UserError as error:
+        sys.exit(
+            print(f"dreamer_v3.py: error: {' '.join(str(error).split())}", file=sys.stderr) or 2
+        )
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    cli()
