@@ -31,8 +31,14 @@ Sections: 1 arguments, 2 transformations, 3 distributions, 4 layers, 5 encoder a
 8 behaviour, 9 optimizer, 10 agent, 11 replay, 12 environments, 13 logging, evaluation, checkpoint, 14 main.
 """
 
+import contextlib
+import copy
+import datetime
+import functools
+import importlib
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -49,7 +55,7 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 
-# ---- 1. Arguments (paper: Extended Data Table 4, "Hyperparameters") --------------------------------------------------
+# ---- 1. Arguments (paper: Extended Data Table 4, "Hyperparameters") ------------------------------
 
 # Network sizes of the paper. All have S = 32 latent variables and G = 8 blocks.
 SIZES = {
@@ -186,12 +192,17 @@ class Args:
     laprop_eps: float = 1e-20
     """Added to the root of the mean of squared gradients."""
 
+    def network(self):
+        """The row of SIZES, with what the flags change of it."""
+        row = SIZES[self.size]
+        return {k: row[k] if getattr(self, k) is None else getattr(self, k) for k in row}
+
 
 class UserError(Exception):
     """Something the user can put right. The command line prints it in one line and exits with status 2."""
 
 
-# ---- 2. Transformations (paper: Robust predictions, Eq. 8-11) --------------------------------------------------------
+# ---- 2. Transformations (paper: Robust predictions, Eq. 8-11) ------------------------------------
 
 
 def f32(x):
@@ -246,7 +257,7 @@ def twohot_loss(logits, target, bins):
     return logits.logsumexp(-1) - weight * chosen[..., 0] - (1 - weight) * chosen[..., 1]
 
 
-# ---- 3. Distributions ------------------------------------------------------------------------------------------------
+# ---- 3. Distributions ----------------------------------------------------------------------------
 
 
 def exponential_noise(shape, device):
@@ -338,7 +349,7 @@ class BoundedNormals:
         return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
-# ---- 4. Layers -------------------------------------------------------------------------------------------------------
+# ---- 4. Layers -----------------------------------------------------------------------------------
 # Each layer computes in the type of its own weight: `Agent` makes the matrices bfloat16, norms stay float32.
 
 # Standard deviation of a standard normal cut off at +-2. Dividing by it restores variance 1 (the reference: 1.1368). [D3]
@@ -427,7 +438,7 @@ class Head(nn.Module):
         return f32(self.out(self.mlp(feat)))
 
 
-# ---- 5. Encoder and decoder (paper: World model learning; Extended Data Table 3) -------------------------------------
+# ---- 5. Encoder and decoder (paper: World model learning; Extended Data Table 3) -----------------
 
 
 @dataclass(frozen=True)
@@ -555,7 +566,7 @@ def upsample(x):
     return x.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
 
-# ---- 6. RSSM: the recurrent state-space model (paper: World model learning, Eq. 1) -----------------------------------
+# ---- 6. RSSM: the recurrent state-space model (paper: World model learning, Eq. 1) ---------------
 
 
 class RSSM(nn.Module):
@@ -668,7 +679,7 @@ class RSSM(nn.Module):
         return deter, self.sample(logits, exponential_noise(logits.shape, logits.device))
 
 
-# ---- 7. World model (paper: World model learning, Eq. 2-3) -----------------------------------------------------------
+# ---- 7. World model (paper: World model learning, Eq. 2-3) ---------------------------------------
 
 
 class Actor(nn.Module):
@@ -698,7 +709,7 @@ class Dreamer(nn.Module):
 
     def __init__(self, args, spaces):
         super().__init__()
-        net = {name: getattr(args, name) or number for name, number in SIZES[args.size].items()}
+        net = args.network()
         deter, units = net["deter"], net["units"]
         flat_stoch = args.stoch * net["classes"]
         feat_dim = deter + flat_stoch
@@ -716,8 +727,7 @@ class Dreamer(nn.Module):
         self.slow_critic = Head(feat_dim, units, 3, len(bins), outscale=0.0).requires_grad_(False)
         self.slow_critic.load_state_dict(self.critic.state_dict())
         self.register_buffer("bins", bins.to(torch.get_default_dtype()))
-        self.register_buffer("return_low", torch.zeros(()))
-        self.register_buffer("return_high", torch.zeros(()))
+        self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
 
 
 def world_model_loss(model, batch, args):
@@ -746,10 +756,15 @@ def world_model_loss(model, batch, args):
     prior = mixed_log_probs(model.rssm.prior(deter), args.unimix)
     losses["dyn"] = categorical_kl(post.detach(), prior).clamp(min=args.free_nats)
     losses["rep"] = categorical_kl(post, prior.detach()).clamp(min=args.free_nats)
-    return losses, deter, stoch, post, prior
+    assert all(loss.shape == deter.shape[:2] for loss in losses.values())
+    metrics = {
+        "latents/posterior_entropy": -(post.exp() * post).sum((-2, -1)).mean(),
+        "latents/prior_entropy": -(prior.exp() * prior).sum((-2, -1)).mean(),
+    }
+    return losses, deter, stoch, metrics
 
 
-# ---- 8. Behaviour: actor and critic (paper: Critic learning, Actor learning, Eq. 4-7) --------------------------------
+# ---- 8. Behaviour: actor and critic (paper: Critic learning, Actor learning, Eq. 4-7) ------------
 
 
 @torch.no_grad()
@@ -815,9 +830,9 @@ def actor_critic_loss(model, feat, action, args):
         returns = lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
 
         # Return range S (Eq. 7): smoothed percentiles over the whole batch. Small returns are not blown up. [D17]
-        for bound, quantile in ((model.return_low, 0.05), (model.return_high, 0.95)):
-            bound.lerp_(torch.quantile(returns, quantile), args.return_rate)
-        return_scale = (model.return_high - model.return_low).clamp(min=1)
+        percentiles = torch.stack([torch.quantile(returns, q) for q in (0.05, 0.95)])
+        model.return_range.lerp_(percentiles, args.return_rate)
+        return_scale = (model.return_range[1] - model.return_range[0]).clamp(min=1)
         advantage = (returns - value[:, :-1]) / return_scale
 
     policy = model.actor(feat[:, :-1])
@@ -859,7 +874,7 @@ def replay_critic_loss(model, feat, bootstrap, batch, args):
     return (1 - last[:, :-1]) * loss
 
 
-# ---- 9. Optimizer: adaptive gradient clipping and LaProp (paper: Extended Data Table 4) ------------------------------
+# ---- 9. Optimizer: adaptive gradient clipping and LaProp (paper: Extended Data Table 4) ----------
 
 
 class LaProp:
@@ -874,15 +889,11 @@ class LaProp:
     with, may be rounded copies of them.
     """
 
-    def __init__(self, params, args):
-        self.params = list(params)
-        self.exact = [
-            p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self.params
-        ]
+    def __init__(self, params, exact, args):
+        self.params, self.exact, self.args = params, [p.detach() for p in exact], args
         self.nu = [torch.zeros_like(p) for p in self.exact]
         self.mu = [torch.zeros_like(p) for p in self.exact]
-        self.updates = torch.zeros((), device=self.exact[0].device, dtype=self.exact[0].dtype)
-        self.args = args
+        self.updates = torch.zeros_like(self.exact[0].sum())
 
     @torch.no_grad()
     def step(self):
@@ -906,58 +917,58 @@ class LaProp:
         torch._foreach_add_(
             self.exact, torch._foreach_mul(self.mu, -lr / (1 - args.beta1**self.updates))
         )
-        copy_rounded(self.params, self.exact)
         for p in self.params:
             p.grad = None
         clipped = (norms > limits).to(norms.dtype).mean()
-        return {
-            "losses/grad_norm": norms.norm(),
-            "losses/grad_clipped": clipped,
-            "charts/learning_rate": lr,
-        }
+        return {"losses/grad_norm": norms.norm(), "losses/grad_clipped": clipped, "charts/lr": lr}
+
+    def state_dict(self):
+        """The moments in the order of the parameters, and the number of updates."""
+        return {"nu": self.nu, "mu": self.mu, "updates": self.updates}
+
+    def load_state_dict(self, state):
+        """Take over a `state_dict`. Raises RuntimeError if shapes differ."""
+        torch._foreach_copy_(
+            [*self.nu, *self.mu, self.updates], [*state["nu"], *state["mu"], state["updates"]]
+        )
 
 
-def copy_rounded(params, exact):
-    """Refresh the networks' copies of the parameters; nothing to do where both are the same tensor."""
-    pairs = [(p, x) for p, x in zip(params, exact, strict=True) if p.data_ptr() != x.data_ptr()]
-    if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
-
-
-# ---- 10. Agent -------------------------------------------------------------------------------------------------------
+# ---- 10. Agent -----------------------------------------------------------------------------------
 
 
 class Agent:
-    """The networks with their optimizer: `act` in the environment, `train_step` on replayed sequences."""
+    """The networks with their optimizer: `act` in the environment, `train_step` on replay.
+
+    `exact` holds the float32 parameters, which the optimizer moves and checkpoints keep. `model`,
+    which computes, is the same module, or a copy with matrices rounded to bfloat16. [D23]
+    """
 
     def __init__(self, args, spaces, device="cpu", dtype=torch.float32):
         self.args, self.spaces, self.device = args, spaces, torch.device(device)
-        self.model = Dreamer(args, spaces).to(self.device)
-        critic, slow = self.model.critic, self.model.slow_critic
-        # The exact parameters are kept before the matrices are rounded to the compute type.
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = LaProp(trained, args)
-        self.slow_exact = [p.detach() for p in slow.parameters()]
-        if dtype != torch.float32:
+        self.exact = self.model = Dreamer(args, spaces).to(self.device)
+        if dtype == torch.bfloat16:
+            self.model = copy.deepcopy(self.exact)
             for module in self.model.modules():
                 if isinstance(module, (Linear, Conv, BlockLinear)):
-                    for p in module.parameters(recurse=False):
-                        p.data = p.data.to(dtype)
-        exact = dict(zip(map(id, trained), self.optimizer.exact, strict=True))
-        self.critic_exact = [exact[id(p)] for p in critic.parameters()]
-        self.slow_params = list(slow.parameters())
+                    module.to(dtype)
+        trained = [(p, x) for p, x in self.pairs() if p.requires_grad]
+        self.optimizer = LaProp(*zip(*trained, strict=True), args)
+
+    def pairs(self):
+        """Each parameter that computes, with the exact one."""
+        return zip(self.model.parameters(), self.exact.parameters(), strict=True)
 
     def initial(self, num_envs):
-        """What `act` carries from step to step: deter (n, D), stoch (n, S, K), previous action (n, A); zeros."""
+        """What `act` carries on: deter (n, D), stoch (n, S, K), previous action (n, A); zeros."""
         deter, stoch = self.model.rssm.initial(num_envs)
         return deter, stoch, deter.new_zeros(num_envs, self.spaces.action_width)
 
     @torch.no_grad()
     def act(self, obs, is_first, carry, greedy=False):
-        """One decision for n environments. obs: dict of tensors (n, ...); is_first (n,) bool; carry as of `initial`.
+        """One decision for n environments: obs dict of (n, ...), is_first (n,), carry -> new carry.
 
-        Returns the new carry: the posterior state at this observation and the action vector (n, A), which is sampled,
-        or the most likely one if `greedy`.
+        The new carry is the posterior state at this observation and the action vector (n, A):
+        sampled, or the most likely one if `greedy`.
         """
         deter, stoch, prev_action = carry
         embed = self.model.encoder({key: x.unsqueeze(1) for key, x in obs.items()})
@@ -969,48 +980,56 @@ class Agent:
         return deter, stoch, policy.mode() if greedy else policy.sample()
 
     def loss(self, batch):
-        """The sum of all losses (scalar), its metrics, and the posterior states (B, T, ...).
+        """The sum of all losses (scalar), metrics, and the posterior states (B, T, ...).
 
-        batch: obs dict (B, T, ...), prev_action (B, T, A), reward, is_first, is_last, is_terminal (B, T), and the state
-        before the first step, deter (B, D), stoch (B, S, K).
+        batch: obs dict (B, T, ...), prev_action (B, T, A), reward, is_first, is_last, is_terminal
+        (B, T), and the state before the first step, deter (B, D), stoch (B, S, K).
         """
         args, model = self.args, self.model
-        losses, deter, stoch, post, prior = world_model_loss(model, batch, args)
-        feat, action = imagine(
-            model, deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1), args.imag_horizon
-        )
-        behaviour, returns, metrics = actor_critic_loss(model, feat, action, args)
-        bootstrap = returns[:, 0].unflatten(0, deter.shape[:2])
-        repval = replay_critic_loss(model, model.rssm.feat(deter, stoch), bootstrap, batch, args)
-        assert all(x.shape == deter.shape[:2] for x in losses.values()), (
-            "a world model loss is not (B, T)"
-        )
-        losses |= behaviour | {"repval": repval}
+        losses, deter, stoch, metrics = world_model_loss(model, batch, args)
+        starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)  # (N, ...)
+        feat, action = imagine(model, *starts, args.imag_horizon)
+        behaviour, returns, behaviour_metrics = actor_critic_loss(model, feat, action, args)
+        bootstrap = returns[:, 0].unflatten(0, deter.shape[:2])  # (B, T)
+        losses |= behaviour
+        feat = model.rssm.feat(deter, stoch)  # with gradient into the world model
+        losses["repval"] = replay_critic_loss(model, feat, bootstrap, batch, args)
 
-        scales = dict.fromkeys(losses, args.beta_pred)
-        scales |= dict(
-            dyn=args.beta_dyn,
-            rep=args.beta_rep,
-            actor=1.0,
-            critic=args.beta_val,
-            repval=args.beta_repval,
-        )
+        scales = dict.fromkeys(losses, args.beta_pred)  # reconstructions, reward, cont
+        scales |= {"dyn": args.beta_dyn, "rep": args.beta_rep}
+        scales |= {"actor": 1.0, "critic": args.beta_val, "repval": args.beta_repval}
         means = {name: loss.mean() for name, loss in losses.items()}
         total = sum(scales[name] * mean for name, mean in means.items())
-        metrics |= {f"losses/{name}": mean.detach() for name, mean in means.items()}
-        metrics["losses/total"] = total.detach()
-        with torch.no_grad():
-            metrics["latents/posterior_entropy"] = -(post.exp() * post).sum((-2, -1)).mean()
-            metrics["latents/prior_entropy"] = -(prior.exp() * prior).sum((-2, -1)).mean()
+        metrics |= behaviour_metrics | {f"losses/{name}": mean for name, mean in means.items()}
+        metrics = {name: value.detach() for name, value in metrics.items()}
         return total, metrics, deter.detach(), stoch.detach()
 
-    def train_step(self, batch):
-        """One update of everything. batch: tensors of T+1 steps as `Replay.sample` gives them, on the device.
+    def update(self, batch):
+        """Losses, gradients, optimizer, slow critic. batch as in `loss`; metrics, deter, stoch."""
+        total, metrics, deter, stoch = self.loss(batch)
+        total.backward()
+        metrics |= {"losses/total": total.detach()} | self.optimizer.step()
+        slow, critic = self.exact.slow_critic.parameters(), self.exact.critic.parameters()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(slow), list(critic), self.args.tau)
+        self.refresh()
+        return metrics, deter, stoch
 
-        The first step is only context: its stored state and action start the sequence [D21]. Returns the metrics and
-        what the replay stores for the T steps: deter (B, T, D) float16 and the classes of stoch (B, T, S) uint8.
+    @torch.no_grad()
+    def refresh(self):
+        """Round the exact parameters again for the model that computes."""
+        if self.model is not self.exact:
+            torch._foreach_copy_(*map(list, zip(*self.pairs(), strict=True)))
+
+    def train_step(self, batch):
+        """One update of everything. batch: T+1 steps from `Replay.sample`, as tensors.
+
+        The first step is only context: its stored state and action start the sequence [D21].
+        Returns the metrics and what the replay stores for the T steps: deter (B, T, D) float16 and
+        the classes of stoch (B, T, S) uint8.
         """
-        steps = {key: batch[key][:, 1:] for key in ("reward", "is_first", "is_last", "is_terminal")}
+        flags = ("reward", "is_first", "is_last", "is_terminal")
+        steps = {key: batch[key][:, 1:] for key in flags}
         steps["obs"] = {key: batch[key][:, 1:] for key in ("image", "vector") if key in batch}
         steps["prev_action"] = batch["action"][:, :-1]
         steps["deter"] = batch["deter"][:, 0].to(self.model.bins.dtype)
@@ -1018,61 +1037,34 @@ class Agent:
         metrics, deter, stoch = self.update(steps)
         return metrics, deter.half(), stoch.argmax(-1).to(torch.uint8)
 
-    def update(self, batch):
-        """Losses, gradients, optimizer, slow critic. batch as for `loss`; returns metrics, deter, stoch."""
-        total, metrics, deter, stoch = self.loss(batch)
-        total.backward()
-        metrics |= self.optimizer.step()
-        torch._foreach_lerp_(self.slow_exact, self.critic_exact, self.args.tau)
-        copy_rounded(self.slow_params, self.slow_exact)
-        return metrics, deter, stoch
-
     def state_dict(self):
-        """Parameters (float32), slow critic, return range and optimizer, as tensors by name."""
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        opt = self.optimizer
-        return {
-            "params": dict(zip(names, opt.exact, strict=True)),
-            "nu": dict(zip(names, opt.nu, strict=True)),
-            "mu": dict(zip(names, opt.mu, strict=True)),
-            "updates": opt.updates,
-            "slow_critic": dict(
-                zip(map(str, range(len(self.slow_exact))), self.slow_exact, strict=True)
-            ),
-            "return_low": self.model.return_low,
-            "return_high": self.model.return_high,
-        }
+        """Everything that learns, as a dict of dicts of tensors (float32)."""
+        self.exact.return_range.copy_(self.model.return_range)
+        return {"model": self.exact.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    @torch.no_grad()
     def load_state_dict(self, state):
-        """Copy a `state_dict` into this agent. Raises UserError if it belongs to other networks."""
-        own = self.state_dict()
-        flat = lambda tree: {
-            (group, name): x
-            for group, items in tree.items()
-            for name, x in (items.items() if isinstance(items, dict) else [("", items)])
-        }
-        own, state = flat(own), flat(state)
-        if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in state.items()}:
-            raise UserError("the checkpoint's networks do not fit this environment or size")
-        for key, x in own.items():
-            x.copy_(state[key])
-        copy_rounded(self.optimizer.params, self.optimizer.exact)
-        copy_rounded(self.slow_params, self.slow_exact)
+        """Take over a `state_dict`. Raises UserError if it belongs to other networks."""
+        try:
+            self.exact.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError("the checkpoint's networks do not fit this environment") from error
+        self.model.return_range.copy_(self.exact.return_range)
+        self.refresh()
 
 
-# ---- 11. Replay ------------------------------------------------------------------------------------------------------
+# ---- 11. Replay ----------------------------------------------------------------------------------
 
 
 class Replay:
     """Ring of the last steps of every environment, with the latent state of each step.
 
-    One stream per environment; streams have equal length because environments step together. Sequences cross episode
-    boundaries: the RSSM resets at is_first. Images are uint8. The latents are stored as float16 (|h| < 1) and class
-    indices. Arrays are (num_envs, length, ...); the operating system gives them memory as they fill.
+    One stream per environment; all have the same length, as environments step together. Sequences
+    cross episodes: the RSSM resets at is_first. Images are uint8; latents are float16 (|h| < 1) and
+    class indices. Arrays are (num_envs, length, ...) and take memory only as they fill.
     """
 
-    def __init__(self, length, num_envs, spaces, deter, stoch, batch_size, batch_length, seed):
+    def __init__(self, length, num_envs, spaces, rssm, args):
         vector = sum(width for _, width, _ in spaces.vectors)
         fields = {
             "image": ((IMAGE_SIZE, IMAGE_SIZE, spaces.channels), np.uint8),
@@ -1082,25 +1074,17 @@ class Replay:
             "is_first": ((), np.bool_),
             "is_last": ((), np.bool_),
             "is_terminal": ((), np.bool_),
-            "deter": ((deter,), np.float16),
-            "stoch": ((stoch,), np.uint8),
+            "deter": ((rssm.deter_dim,), np.float16),
+            "stoch": ((rssm.stoch_shape[0],), np.uint8),
         }
-        self.data = {
-            name: np.zeros((num_envs, length, *shape), dtype)
-            for name, (shape, dtype) in fields.items()
-            if 0 not in shape
-        }
+        fields = {name: field for name, field in fields.items() if 0 not in field[0]}
+        self.data = {k: np.zeros((num_envs, length, *shape), t) for k, (shape, t) in fields.items()}
+        self.nbytes = sum(x.nbytes for x in self.data.values())  # when full
         self.length, self.num_envs = length, num_envs
-        self.batch_size, self.window = batch_size, batch_length + 1
+        self.batch_size, self.window = args.batch_size, args.batch_length + 1
         self.steps = 0  # written to each stream so far; step i is at i % length
-        self.fresh = (
-            deque()
-        )  # (env, first step) of sequences that no batch has had yet: the online queue
-        self.rng = np.random.default_rng(seed)
-
-    def nbytes(self):
-        """Bytes the arrays take when full."""
-        return sum(x.nbytes for x in self.data.values())
+        self.fresh = deque()  # (env, first step) of sequences no batch has had: the online queue
+        self.rng = np.random.default_rng(args.seed)
 
     def __len__(self):
         """Number of start positions of sequences."""
@@ -1115,9 +1099,9 @@ class Replay:
             self.fresh.extend((env, self.steps - self.window) for env in range(self.num_envs))
 
     def sample(self):
-        """A batch of T+1 steps: dict of arrays (B, T+1, ...), and its place for `write_latents`.
+        """A batch of T+1 steps, dict of arrays (B, T+1, ...), and its place for `write_latents`.
 
-        The newest sequences that no batch has had yet come first, then uniformly drawn ones (online queue).
+        The newest sequences, which no batch has had yet, come first; the rest is drawn uniformly.
         """
         oldest = max(0, self.steps - self.length)
         starts = []
@@ -1130,100 +1114,67 @@ class Replay:
         envs, first = np.array(starts).T[:, :, None]
         place = envs, (first + np.arange(self.window)) % self.length
         batch = {name: array[place] for name, array in self.data.items()}
-        # An episode abandoned without is_last (a run that was stopped) ends where the next one begins.
+        # An episode abandoned without is_last (a run was stopped) ends where the next one begins.
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return batch, place
 
     def write_latents(self, place, deter, stoch):
-        """Store the states that an update computed: (B, T, D) and (B, T, S) for all steps but the context."""
+        """Store the states an update computed, (B, T, D) and (B, T, S), for all but the context."""
         envs, steps = place
         self.data["deter"][envs, steps[:, 1:]] = deter
         self.data["stoch"][envs, steps[:, 1:]] = stoch
 
 
-# ---- 12. Environments ------------------------------------------------------------------------------------------------
+# ---- 12. Environments ----------------------------------------------------------------------------
 
 
 def make_envs(args, num_envs, video=None):
-    """Gymnasium vector environment with NEXT_STEP autoreset; `video` is a folder for RecordVideo or None.
+    """Gymnasium vector environment with NEXT_STEP autoreset; `video`: folder to record in, or None.
 
     Raises UserError if it cannot be made.
     """
-    kwargs = parse_env_kwargs(args.env_kwargs)
-    mode, wrappers = "async" if args.async_envs else None, None
-    if args.env_id.startswith("ALE/"):
-        import_optional("ale_py", "gymnasium[atari]")  # importing it registers its environments
-    if video:  # a vector environment in C++ does not render: record a single one
-        import_optional("moviepy", "moviepy")
-        mode, wrappers = (
-            "sync",
-            [lambda env: gym.wrappers.RecordVideo(env, str(video), lambda episode: True)],
-        )
-        kwargs["render_mode"] = "rgb_array"
-    elif args.env_id.startswith("ALE/") and not args.async_envs:
-        # The C++ environment resizes and takes the maximum over two frames. Rewards and lives stay as the game has them.
-        kwargs = dict(
-            img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1, noop_max=30,
-            use_fire_reset=False, reward_clipping=False, episodic_life=False,
-        ) | kwargs  # fmt: skip
     try:
-        envs = gym.make_vec(
-            args.env_id, num_envs, vectorization_mode=mode, wrappers=wrappers, **kwargs
-        )
+        kwargs = dict(json.loads(args.env_kwargs))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--env-kwargs must be a JSON object, not {args.env_kwargs}") from error
+    atari = args.env_id.startswith("ALE/")
+    if atari:
+        import_optional("ale_py", "gymnasium[atari]")  # registers its environments
+    mode, wrappers = "async" if args.async_envs else None, None
+    if video:  # vector environments do not render: record a single one
+        import_optional("moviepy", "moviepy")
+        mode, kwargs["render_mode"] = "sync", "rgb_array"
+        wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video), lambda episode: True)]
+    elif atari and mode is None:
+        # The C++ environment takes the maximum over two frames and resizes. Rewards and lives stay
+        # as the game has them.
+        defaults = dict(img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1)
+        defaults |= dict(use_fire_reset=False, reward_clipping=False, episodic_life=False)
+        kwargs = defaults | kwargs
+    try:
+        envs = gym.make_vec(args.env_id, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
         raise UserError(f"cannot make --env-id {args.env_id}: {error}") from error
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise UserError(f"{args.env_id} is not reset in NEXT_STEP mode, which the replay relies on")
+        raise UserError(f"{args.env_id} does not reset in NEXT_STEP mode, as the replay needs it")
     return envs
 
 
-def parse_env_kwargs(text):
-    """The JSON object of --env-kwargs as a dict. Raises UserError."""
-    try:
-        kwargs = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--env-kwargs is not JSON ({error}): {text}") from error
-    if not isinstance(kwargs, dict):
-        raise UserError(
-            f"--env-kwargs must be a JSON object like '{{\"frameskip\": 4}}', not {text}"
-        )
-    return kwargs
-
-
 def import_optional(module, package):
-    """Import a package that only some uses need. Raises UserError with the command that installs it."""
+    """Import a package that only some uses need; a UserError names the command to install it."""
     try:
-        return __import__(module)
+        return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"this needs the package {module}: pip install '{package}'") from error
+        raise UserError(f"this needs {module}: pip install '{package}'") from error
 
 
-def leaves(space, name=""):
-    """All simple spaces inside nested Dict and Tuple spaces, with the path to each: yields (name, path, space)."""
-    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
-        items = (
-            space.spaces.items() if isinstance(space, gym.spaces.Dict) else enumerate(space.spaces)
-        )
-        for key, inner in items:
-            for leaf, path, leaf_space in leaves(inner, f"{name}/{key}" if name else str(key)):
-                yield leaf, (key, *path), leaf_space
-    else:
-        yield name or "observation", (), space
-
-
-def image_channels(shape):
-    """Channels and whether they come first, for the shape of a uint8 image; None if it is not an image."""
-    if len(shape) == 2:
-        return 1, False
-    if len(shape) == 4 and shape[-1] in (1, 3, 4):  # stacked frames
-        return shape[0] * shape[-1], False
-    if len(shape) == 3 and shape[-1] <= min(shape[0], 4):
-        return shape[-1], False
-    if len(shape) == 3 and shape[0] < min(shape[1:]):
-        return shape[0], True
-    if len(shape) == 3 and shape[-1] < min(shape[:2]):
-        return shape[-1], False
-    return None
+def leaves(space, path=()):
+    """The simple spaces inside nested Dict and Tuple spaces: list of (path, space)."""
+    if isinstance(space, gym.spaces.Dict):
+        return [leaf for key, inner in space.items() for leaf in leaves(inner, (*path, key))]
+    if isinstance(space, gym.spaces.Tuple):
+        return [leaf for key, inner in enumerate(space) for leaf in leaves(inner, (*path, key))]
+    return [(path, space)]
 
 
 def discrete_classes(space):
@@ -1231,127 +1182,32 @@ def discrete_classes(space):
     if isinstance(space, gym.spaces.Discrete):
         return (int(space.n),)
     if isinstance(space, gym.spaces.MultiDiscrete):
-        return tuple(int(n) for n in space.nvec.flatten())
-    if isinstance(space, gym.spaces.MultiBinary):
-        return (2,) * int(np.prod(space.shape))
-    return ()
+        return tuple(map(int, space.nvec.flat))
+    return (2,) * math.prod(space.shape) if isinstance(space, gym.spaces.MultiBinary) else ()
 
 
-def first_value(space):
-    """The smallest value of a discrete space, which is encoded as class 0."""
-    return getattr(space, "start", 0)
+def encode_vector(value, space):
+    """(n, ...) values of a space -> (n, width) float32; discrete ones as one-hots side by side."""
+    classes = discrete_classes(space)
+    if not classes:
+        return value.reshape(len(value), -1).astype(np.float32)
+    index = (value - getattr(space, "start", 0)).reshape(len(value), -1).astype(np.int64)
+    encoded = np.zeros((len(value), sum(classes)), np.float32)
+    np.put_along_axis(encoded, index + np.cumsum((0, *classes[:-1])), 1.0, 1)
+    return encoded
 
 
-class Environments:
-    """A vector environment in the agent's terms: images resized to 64x64, one flat vector, action vectors.
+def encode_image(image):
+    """(n, ...) uint8 -> (n, 64, 64, C) uint8, resized by averaging areas.
 
-    `spaces` describes them to the networks. Raises UserError for spaces that cannot be encoded.
+    One image may be (h, w), (h, w, C), (C, h, w) or a stack (k, h, w, C), which gets k*C channels.
     """
-
-    def __init__(self, args, num_envs, seed, video=None):
-        self.envs, self.num_envs, self.seed = make_envs(args, num_envs, video), num_envs, seed
-        self.images, self.vectors = {}, {}
-        for name, path, space in leaves(self.envs.single_observation_space):
-            if (
-                isinstance(space, gym.spaces.Box)
-                and space.dtype == np.uint8
-                and len(space.shape) >= 2
-            ):
-                if image_channels(space.shape) is None:
-                    raise UserError(
-                        f"observation {name} of shape {space.shape}: cannot tell which axis is colour"
-                    )
-                self.images[name] = path, space
-            elif isinstance(space, gym.spaces.Box) or discrete_classes(space):
-                self.vectors[name] = path, space
-            else:
-                raise UserError(
-                    f"observation {name}: {type(space).__name__} spaces are not supported"
-                )
-        self.images, self.vectors = (
-            dict(sorted(self.images.items())),
-            dict(sorted(self.vectors.items())),
-        )
-        vectors = []
-        for name, (_, space) in self.vectors.items():
-            classes = discrete_classes(space)
-            vectors.append((name, sum(classes) or int(np.prod(space.shape)), classes))
-        action = self.action_space = self.envs.single_action_space
-        classes = discrete_classes(action)
-        if not classes and not isinstance(action, gym.spaces.Box):
-            raise UserError(f"{type(action).__name__} actions are not supported")
-        channels = sum(image_channels(space.shape)[0] for _, space in self.images.values())
-        self.spaces = Spaces(
-            channels, tuple(vectors), classes, sum(classes) or int(np.prod(action.shape))
-        )
-
-    def reset(self):
-        """First observations of all environments: dict of arrays (num_envs, ...)."""
-        return self.encode_obs(self.envs.reset(seed=self.seed)[0])
-
-    def send(self, action):
-        """Start a step with action vectors (num_envs, A); `receive` gives its outcome. Between the two, environments
-        that can (Atari, --async-envs) run beside the training."""
-        self.action = self.decode_action(action)
-        begin = getattr(self.envs, "send", None) or getattr(self.envs, "step_async", None)
-        if begin:
-            begin(self.action)
-
-    def receive(self):
-        """obs, reward, terminated, truncated of the step; after an end, the first observation of the next episode."""
-        finish = getattr(self.envs, "recv", None) or getattr(self.envs, "step_wait", None)
-        obs, reward, terminated, truncated, _ = finish() if finish else self.envs.step(self.action)
-        return self.encode_obs(obs), np.asarray(reward, np.float32), terminated, truncated
-
-    def encode_obs(self, obs):
-        """Observations of the vector environment -> dict of `image` (n, 64, 64, C) uint8, `vector` (n, width)."""
-        encoded = {}
-        if self.images:
-            images = [
-                encode_image(select(obs, path), space) for path, space in self.images.values()
-            ]
-            encoded["image"] = np.concatenate(images, -1)
-        if self.vectors:
-            vectors = [
-                encode_vector(select(obs, path), space) for path, space in self.vectors.values()
-            ]
-            encoded["vector"] = np.concatenate(vectors, -1)
-        return encoded
-
-    def decode_action(self, action):
-        """Action vectors (n, A) -> actions of the environment. Continuous ones are clipped to [-1, 1] and scaled to
-        the bounds, where there are any."""
-        space = self.action_space
-        if self.spaces.action_classes:
-            ends = np.cumsum(self.spaces.action_classes)[:-1]
-            index = np.stack([part.argmax(-1) for part in np.split(action, ends, -1)], -1)
-            return index.reshape(-1, *space.shape).astype(space.dtype) + first_value(space)
-        action = action.reshape(-1, *space.shape)
-        bounded = np.isfinite(space.low) & np.isfinite(space.high)
-        low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
-        scaled = low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
-        action = np.where(bounded, scaled, np.clip(action, space.low, space.high))
-        return (np.rint(action) if np.issubdtype(space.dtype, np.integer) else action).astype(
-            space.dtype
-        )
-
-
-def select(obs, path):
-    """The part of a nested observation at `path`."""
-    for key in path:
-        obs = obs[key]
-    return obs
-
-
-def encode_image(image, space):
-    """(n, ...) uint8 images of a space -> (n, 64, 64, C) uint8, resized by averaging areas."""
-    channels, channels_first = image_channels(space.shape)
-    image = np.asarray(image)
-    if len(space.shape) == 4:
-        image = np.moveaxis(image, 1, -2)  # stacked frames become channels
-    elif channels_first:
+    if image.ndim == 3:
+        image = image[..., None]
+    elif image.ndim == 5:
+        image = np.moveaxis(image, 1, -2).reshape(len(image), *image.shape[2:4], -1)
+    elif image.shape[1] < image.shape[3]:  # the smaller end is the colour
         image = np.moveaxis(image, 1, -1)
-    image = image.reshape(*image.shape[:3], channels)
     if image.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE):
         return image
     x = torch.from_numpy(np.ascontiguousarray(image)).permute(0, 3, 1, 2).float()
@@ -1359,56 +1215,118 @@ def encode_image(image, space):
     return x.permute(0, 2, 3, 1).numpy()
 
 
-def encode_vector(value, space):
-    """(n, ...) values of a space -> (n, width) float32; discrete ones as one-hot vectors side by side."""
-    value = np.asarray(value)
-    classes = discrete_classes(space)
-    if not classes:
-        return value.reshape(len(value), -1).astype(np.float32)
-    index = (value - first_value(space)).reshape(len(value), -1)
-    return np.concatenate(
-        [np.eye(n, dtype=np.float32)[index[:, i].astype(int)] for i, n in enumerate(classes)], -1
-    )
+class Environments:
+    """A vector environment in the agent's terms: 64x64 images, one flat vector, action vectors.
+
+    `spaces` describes them to the networks. Raises UserError for spaces that cannot be encoded.
+    """
+
+    def __init__(self, args, num_envs, seed, video=None):
+        self.envs, self.num_envs, self.seed = make_envs(args, num_envs, video), num_envs, seed
+        self.images, self.vectors = {}, {}
+        observed = leaves(self.envs.single_observation_space)
+        for path, space in sorted(observed, key=lambda leaf: str(leaf[0])):
+            name = "/".join(map(str, path)) or "observation"
+            is_box = isinstance(space, gym.spaces.Box)
+            if is_box and space.dtype == np.uint8 and 2 <= len(space.shape) <= 4:
+                self.images[name] = path, space
+            elif is_box or discrete_classes(space):
+                self.vectors[name] = path, space
+            else:
+                raise UserError(f"observation {name}: cannot encode a {type(space).__name__} space")
+        self.action_space = space = self.envs.single_action_space
+        classes = discrete_classes(space)
+        if not classes and not isinstance(space, gym.spaces.Box):
+            raise UserError(f"actions of a {type(space).__name__} space are not supported")
+        example = self.encode_obs(self.envs.observation_space.sample())
+        vectors = []
+        for name, (_, space) in self.vectors.items():
+            classes_of = discrete_classes(space)
+            vectors.append((name, sum(classes_of) or math.prod(space.shape), classes_of))
+        channels = example["image"].shape[-1] if self.images else 0
+        width = sum(classes) or math.prod(self.action_space.shape)
+        self.spaces = Spaces(channels, tuple(vectors), classes, width)
+
+    def reset(self):
+        """First observations of all environments: dict of arrays (n, ...)."""
+        return self.encode_obs(self.envs.reset(seed=self.seed)[0])
+
+    def send(self, action):
+        """Begin a step with action vectors (n, A); `receive` ends it.
+
+        Between the two, environments that can (Atari, --async-envs) run beside the training.
+        """
+        self.action = self.decode_action(action)
+        begin = getattr(self.envs, "send", getattr(self.envs, "step_async", None))
+        if begin:
+            begin(self.action)
+
+    def receive(self):
+        """obs, reward, terminated, truncated; after an end, the next episode's first obs."""
+        end = getattr(self.envs, "recv", getattr(self.envs, "step_wait", None))
+        obs, reward, terminated, truncated, _ = end() if end else self.envs.step(self.action)
+        return self.encode_obs(obs), np.asarray(reward, np.float32), terminated, truncated
+
+    def encode_obs(self, obs):
+        """Batched observations -> dict of `image` (n, 64, 64, C) and `vector` (n, width)."""
+        pick = lambda path: np.asarray(functools.reduce(operator.getitem, path, obs))
+        encoded = {}
+        if self.images:
+            images = [encode_image(pick(path)) for path, _ in self.images.values()]
+            encoded["image"] = np.concatenate(images, -1)
+        if self.vectors:
+            vectors = [encode_vector(pick(path), space) for path, space in self.vectors.values()]
+            encoded["vector"] = np.concatenate(vectors, -1)
+        return encoded
+
+    def decode_action(self, action):
+        """Action vectors (n, A) -> the environment's actions.
+
+        Continuous ones are clipped to [-1, 1] and scaled to the bounds, where there are any.
+        """
+        space = self.action_space
+        if classes := self.spaces.action_classes:
+            parts = np.split(action, np.cumsum(classes)[:-1], -1)
+            index = np.stack([part.argmax(-1) for part in parts], -1).reshape(-1, *space.shape)
+            return index.astype(space.dtype) + getattr(space, "start", 0)
+        action = action.reshape(-1, *space.shape)
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+        scaled = low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
+        action = np.where(bounded, scaled, np.clip(action, space.low, space.high))
+        return (np.rint(action) if space.dtype.kind in "iu" else action).astype(space.dtype)
 
 
-# ---- 13. Logging, evaluation, checkpoint -----------------------------------------------------------------------------
+# ---- 13. Logging, evaluation, checkpoint ---------------------------------------------------------
 
 
 class Logger:
-    """Metrics to `metrics.jsonl` always, to TensorBoard if that package is installed, to W&B with --track; and one
-    status line: rewritten in place on a terminal, a plain line every ten seconds elsewhere."""
+    """Metrics to metrics.jsonl, to TensorBoard if it is installed, to W&B with --track.
+
+    The status line is rewritten in place on a terminal, and printed every ten seconds elsewhere.
+    """
 
     def __init__(self, args, folder):
         self.file = open(folder / "metrics.jsonl", "a", buffering=1)
         self.tensorboard = self.wandb = None
-        try:
+        with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(folder)
-        except ImportError:
-            pass
         if args.track:
             self.wandb = import_optional("wandb", "wandb")
-            self.wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=folder.name,
-                config=asdict(args),
-            )
+            where = dict(project=args.wandb_project_name, entity=args.wandb_entity)
+            self.wandb.init(**where, name=folder.name, config=asdict(args))
         self.total, self.terminal = args.total_timesteps, sys.stdout.isatty()
-        self.interval = 0.5 if self.terminal else 10.0  # seconds
-        self.began = self.shown = time.time()
-        self.before = deque(
-            [(self.began, 0, 0)], maxlen=20
-        )  # (time, step, updates) of the last status lines
+        self.began = time.time()
+        self.marks = deque([(self.began, 0, 0)], maxlen=20)  # (time, step, updates) of status lines
         self.returns, self.rate = deque(maxlen=20), 0.0
 
     def write(self, step, metrics):
         """One line of scalars: dict of name -> number or 0-d tensor."""
         metrics = {name: float(value) for name, value in metrics.items()}
-        self.file.write(
-            json.dumps({"step": step, "time": round(time.time() - self.began, 3)} | metrics) + "\n"
-        )
+        line = {"step": step, "time": round(time.time() - self.began, 3)} | metrics
+        self.file.write(json.dumps(line) + "\n")
         if self.tensorboard:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -1418,45 +1336,31 @@ class Logger:
     def episode(self, step, episode_return, length):
         """A finished training episode: raw return, length in agent steps."""
         self.returns.append(episode_return)
-        self.write(
-            step, {"charts/episodic_return": episode_return, "charts/episodic_length": length}
-        )
+        names = ("charts/episodic_return", "charts/episodic_length")
+        self.write(step, dict(zip(names, (episode_return, length), strict=True)))
 
-    def status(self, step, updates, force=False):
-        """Show the status line if it is time. Returns steps and updates per second."""
+    def status(self, step, updates):
+        """Show the status line if it is time for it."""
         now = time.time()
-        if not force and now - self.shown < self.interval:
+        if now - self.marks[-1][0] < (0.5 if self.terminal else 10):
             return
-        self.shown = now
-        self.before.append((now, step, updates))
-        seconds, steps, recent = (
-            b - a for a, b in zip(self.before[0], self.before[-1], strict=True)
-        )
-        rate = self.rate = steps / max(seconds, 1e-9)
-        left = (self.total - step) / max(rate, 1e-9)
-        episodes = (
-            f"return {self.returns[-1]:.1f}, mean {np.mean(self.returns):.1f}"
-            if self.returns
-            else "no episode yet"
-        )
-        line = (
-            f"step {step:,}/{self.total:,}  {rate:.1f} steps/s  {recent / max(seconds, 1e-9):.2f} updates/s  "
-            f"{duration(left)} left  {episodes}"
-        )
-        print(
-            f"\r\x1b[2K{line}" if self.terminal else line,
-            end="" if self.terminal else "\n",
-            flush=True,
-        )
+        self.marks.append((now, step, updates))
+        seconds, steps, trained = np.subtract(self.marks[-1], self.marks[0])
+        self.rate = steps / seconds
+        text = f"step {step:,}/{self.total:,}  {self.rate:.1f} steps/s  "
+        text += f"{trained / seconds:.2f} updates/s  "
+        left = (self.total - step) / self.rate if steps else math.inf
+        text += f"{datetime.timedelta(seconds=int(left))} left  " if left < 1e9 else ""
+        if self.returns:
+            text += f"return {self.returns[-1]:.1f}, mean {np.mean(self.returns):.1f}"
+        self.show(text, end="" if self.terminal else "\n")
 
-    def message(self, text):
-        """A line of its own beside the status line."""
-        print(f"\r\x1b[2K{text}" if self.terminal else text, flush=True)
+    def show(self, text, end="\n"):
+        """Print a line in place of the status line."""
+        print(f"\r\x1b[2K{text}" if self.terminal else text, end=end, flush=True)
 
     def close(self):
         """Flush and close everything."""
-        if self.terminal:
-            print()
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
@@ -1464,199 +1368,146 @@ class Logger:
             self.wandb.finish()
 
 
-def duration(seconds):
-    """Seconds as text: 5s, 3m20s, 2h05m, 4d03h."""
-    seconds = int(min(seconds, 1e9))
-    for unit, size, part, step in (
-        ("d", 86400, "h", 3600),
-        ("h", 3600, "m", 60),
-        ("m", 60, "s", 1),
-    ):
-        if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // step:02d}{part}"
-    return f"{seconds}s"
-
-
 def to_device(arrays, device):
-    """dict of numpy arrays -> dict of tensors on the device, through pinned memory on a GPU."""
+    """dict of numpy arrays -> dict of tensors, through pinned memory to a GPU."""
     tensors = {key: torch.from_numpy(np.ascontiguousarray(x)) for key, x in arrays.items()}
-    if device.type == "cuda":
-        return {key: x.pin_memory().to(device, non_blocking=True) for key, x in tensors.items()}
-    return tensors
+    if device.type == "cpu":
+        return tensors
+    return {key: x.pin_memory().to(device, non_blocking=True) for key, x in tensors.items()}
 
 
 def evaluate(agent, args, episodes, video=None):
-    """Returns of `episodes` episodes in environments of their own, with the most likely actions (or sampled ones with
-    --eval-sample); `video` is a folder to record them in. Each environment plays a fixed number of episodes: taking the
-    first to finish would favour short ones.
+    """Returns of `episodes` episodes in environments of their own; `video`: folder to record in.
+
+    Takes the most likely actions, or samples with --eval-sample. Each environment plays a fixed
+    number of episodes: taking the first ones to finish would favour short episodes.
     """
     num_envs = 1 if video else min(episodes, 8)
     envs = Environments(args, num_envs, seed=args.seed + 10_000, video=video)
-    remaining = np.array(
-        [episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)]
-    )
+    remaining = np.array([len(range(i, episodes, num_envs)) for i in range(num_envs)])
     obs, is_first, carry = envs.reset(), np.ones(num_envs, bool), agent.initial(num_envs)
     running, returns = np.zeros(num_envs), []
     while remaining.any():
         tensors = to_device(obs | {"is_first": is_first}, agent.device)
-        first = tensors.pop("is_first")
-        carry = agent.act(tensors, first, carry, greedy=not args.eval_sample)
+        carry = agent.act(tensors, tensors.pop("is_first"), carry, greedy=not args.eval_sample)
         envs.send(carry[-1].cpu().numpy())
         obs, reward, terminated, truncated = envs.receive()
         running += reward
         is_first = terminated | truncated
-        for env in np.flatnonzero(is_first):
-            if remaining[env]:
-                returns.append(running[env])
-                remaining[env] -= 1
-            running[env] = 0
+        returns += list(running[is_first & (remaining > 0)])
+        remaining -= is_first & (remaining > 0)
+        running[is_first] = 0
     envs.envs.close()
     return np.array(returns)
-
-
-def report_evaluation(agent, args, step, logger, folder):
-    """Evaluate, log under names of its own, and say so. Returns the returns."""
-    returns = evaluate(agent, args, args.eval_episodes)
-    if args.capture_video:
-        evaluate(agent, args, 1, video=folder / "videos" / f"step_{step}")
-    logger.write(
-        step, {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()}
-    )
-    logger.message(f"step {step:,}  evaluation: {summary(returns)}")
-    return returns
 
 
 def summary(returns):
     """Mean, spread and range of returns as text."""
     error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else math.nan
-    return (
-        f"mean {returns.mean():.1f} +- {error:.1f} (standard error), median {np.median(returns):.1f}, "
-        f"min {returns.min():.1f}, max {returns.max():.1f}, {len(returns)} episodes"
-    )
+    text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error), "
+    text += f"median {np.median(returns):.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    return f"{text}, {len(returns)} episodes"
 
 
 def save_checkpoint(path, agent, args, step, updates):
-    """Write everything `load_checkpoint` needs to a temporary file and put it in place in one step, so that a run that is
-    killed leaves the old checkpoint or the new one, never half of one."""
+    """Write what `load_checkpoint` needs.
+
+    First to a temporary file, then in place in one step: a run that is killed leaves the old
+    checkpoint or the new one, never half of one.
+    """
+    state = {"args": asdict(args), "step": step, "updates": updates, "agent": agent.state_dict()}
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        torch.save(
-            {"args": asdict(args), "step": step, "updates": updates, "agent": agent.state_dict()},
-            file,
-        )
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def load_checkpoint(path, device):
-    """The dict of `save_checkpoint`. Executes no code from the file. Raises UserError if it is not a checkpoint."""
+    """The dict of `save_checkpoint`. Executes no code from the file. Raises UserError."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        checkpoint["args"] = Args(**checkpoint["args"])
-        return checkpoint
+        return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load the checkpoint {path}: {reason}") from error
 
 
-# ---- 14. Main --------------------------------------------------------------------------------------------------------
+def evaluate_checkpoint(args, device, dtype):
+    """--evaluate: play with the networks, in the environment, of a checkpoint. Returns returns."""
+    checkpoint = load_checkpoint(args.evaluate, device)
+    kept = "evaluate eval_episodes eval_sample capture_video seed cuda dtype".split()
+    args = replace(checkpoint["args"], **{name: getattr(args, name) for name in kept})
+    envs = Environments(args, 1, args.seed)
+    envs.envs.close()
+    agent = Agent(args, envs.spaces, device, dtype)
+    agent.load_state_dict(checkpoint["agent"])
+    returns = evaluate(agent, args, args.eval_episodes)
+    if args.capture_video:
+        evaluate(agent, args, 1, Path(args.evaluate).parent / f"videos/step_{checkpoint['step']}")
+    print(f"{args.env_id} after {checkpoint['step']:,} steps: {summary(returns)}")
+    return returns
+
+
+# ---- 14. Main ------------------------------------------------------------------------------------
 
 
 def check_args(args):
-    """Raise UserError for numbers that cannot work together."""
-    net = {name: getattr(args, name) or number for name, number in SIZES[args.size].items()}
-    positive = "total_timesteps num_envs buffer_size batch_size batch_length log_every save_every stoch blocks imag_horizon"
-    for name in positive.split():
-        if getattr(args, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}"
-            )
-    for name in ("eval_every", "eval_episodes", "train_ratio", "warmup_updates", "ent_coef"):
-        if getattr(args, name) < 0:
-            raise UserError(
-                f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}"
-            )
-    for name in ("gamma", "return_lambda", "unimix", "actor_unimix", "tau", "return_rate"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}"
-            )
-    if net["deter"] % args.blocks or net["deter"] % 8:
-        raise UserError(
-            f"--deter {net['deter']} must be divisible by 8 and by --blocks {args.blocks}"
-        )
+    """Raise UserError for numbers that cannot work, alone or together."""
+    net = args.network()
+    starts = args.batch_size * args.batch_length
+    needed = starts + args.num_envs * args.batch_length
+    at_least_1 = (
+        "total_timesteps num_envs batch_size batch_length log_every save_every stoch blocks"
+    )
+    at_least_0 = "eval_every eval_episodes train_ratio warmup_updates ent_coef learning_rate"
+    shares = "gamma return_lambda unimix actor_unimix tau return_rate beta1 beta2"
+    low = [(name, 1, math.inf) for name in (at_least_1 + " imag_horizon").split()]
+    low += [(name, 0, math.inf) for name in at_least_0.split()]
+    low += [(name, 0, 1) for name in shares.split()] + [("buffer_size", needed, math.inf)]
+    for name, least, most in low:
+        if not least <= getattr(args, name) <= most:
+            limits = f"at least {least}" if most == math.inf else f"in [{least}, {most}]"
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be {limits}, not {getattr(args, name)}")
+    if min(net.values()) < 1 or net["deter"] % args.blocks or net["deter"] % 8:
+        raise UserError(f"--deter {net['deter']} must be divisible by 8 and --blocks {args.blocks}")
     if not 2 <= net["classes"] <= 256:
-        raise UserError(f"--classes must lie in 2 ... 256, not {net['classes']}")
-    needed = args.batch_size * args.batch_length + args.num_envs * args.batch_length
-    if args.buffer_size < needed:
-        raise UserError(
-            f"--buffer-size {args.buffer_size} is too small for one batch: at least {needed}"
-        )
+        raise UserError(f"--classes must be in [2, 256], not {net['classes']}")
 
 
 def choose_device(args):
-    """The device and the type of its matrix products."""
+    """The device, and the type of its matrix products."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     auto = "bfloat16" if device.type == "cuda" else "float32"
     return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
 
-def describe(args, envs, agent, replay, folder, dtype):
+def describe(args, agent, replay, folder, dtype):
     """Print what was decided."""
     count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)
-    parts = ", ".join(
-        f"{name} {count(module):,}"
-        for name, module in agent.model.named_children()
-        if count(module)
-    )
-    spaces, ratio = envs.spaces, args.train_ratio / (args.batch_size * args.batch_length)
+    parts = [(name, count(module)) for name, module in agent.model.named_children()]
+    parts = ", ".join(f"{name} {number:,}" for name, number in parts if number)
+    spaces, ratio = agent.spaces, args.train_ratio / (args.batch_size * args.batch_length)
     sees = [f"image 64x64x{spaces.channels}"] if spaces.channels else []
-    sees += [
-        f"{name} ({width}{', discrete' if classes else ''})"
-        for name, width, classes in spaces.vectors
-    ]
-    acts = (
-        f"discrete {spaces.action_classes}"
-        if spaces.action_classes
-        else f"continuous ({spaces.action_width})"
-    )
-    device = "cpu" if agent.device.type == "cpu" else torch.cuda.get_device_name(agent.device)
+    sees += [f"{name} ({width})" for name, width, _ in spaces.vectors]
+    kind = "discrete" if spaces.action_classes else "continuous"
+    acts = f"{kind} {spaces.action_classes or spaces.action_width}"
+    cpu = agent.device.type == "cpu"
+    device = "CPU" if cpu else torch.cuda.get_device_name(agent.device)
     print(f"environment  {args.env_id} x {args.num_envs}: {', '.join(sees)}; actions {acts}")
     print(f"parameters   {count(agent.model):,}: {parts}")
-    print(
-        f"replay       {replay.num_envs} x {replay.length:,} steps, {replay.nbytes() / 1e9:.2f} GB when full"
-    )
+    print(f"replay       {args.num_envs} x {replay.length:,} steps, {replay.nbytes / 1e9:.2f} GB")
     print(f"device       {device}, {str(dtype).removeprefix('torch.')}")
-    print(f"schedule     {ratio:.3g} updates per step, {args.total_timesteps * ratio:,.0f} in all")
-    if agent.device.type == "cpu":
-        print("             on the CPU: the status line shows the time left once updates begin")
+    print(f"schedule     {ratio:.3g} updates a step, {args.total_timesteps * ratio:,.0f} in all")
+    if cpu:
+        print("             an update takes seconds on a CPU; the status line shows the time left")
     print(f"run          {folder}", flush=True)
 
 
-def evaluate_checkpoint(args, device, dtype):
-    """--evaluate: play with the networks and the environment of a checkpoint. Returns the returns."""
-    checkpoint = load_checkpoint(args.evaluate, device)
-    kept = ("evaluate", "eval_episodes", "eval_sample", "capture_video", "seed", "cuda", "dtype")
-    args = replace(checkpoint["args"], **{name: getattr(args, name) for name in kept})
-    envs = Environments(args, 1, args.seed)
-    agent = Agent(args, envs.spaces, device, dtype)
-    envs.envs.close()
-    agent.load_state_dict(checkpoint["agent"])
-    returns = evaluate(agent, args, args.eval_episodes)
-    if args.capture_video:
-        evaluate(
-            agent,
-            args,
-            1,
-            video=Path(args.evaluate).parent / "videos" / f"step_{checkpoint['step']}",
-        )
-    print(f"{args.env_id} after {checkpoint['step']:,} steps: {summary(returns)}")
-    return returns
-
-
 def main(args):
-    """Train as `args` say, or evaluate. Returns the returns of the last evaluation. Raises UserError."""
+    """Train as `args` say, or evaluate. Returns the returns of the last evaluation."""
     check_args(args)
     device, dtype = choose_device(args)
     torch.manual_seed(args.seed)
@@ -1664,52 +1515,46 @@ def main(args):
     if args.evaluate:
         return evaluate_checkpoint(args, device, dtype)
 
-    envs = Environments(args, args.num_envs, args.seed)
+    n = args.num_envs
+    envs = Environments(args, n, args.seed)
     agent = Agent(args, envs.spaces, device, dtype)
-    rssm = agent.model.rssm
-    length = -(-min(args.buffer_size, args.total_timesteps + args.num_envs) // args.num_envs)
-    replay = Replay(
-        length, args.num_envs, envs.spaces, rssm.deter_dim, args.stoch, args.batch_size, args.batch_length, args.seed
-    )  # fmt: skip
-    name = re.sub(r"[^\w.-]+", "-", args.env_id)
-    folder = (
-        Path(args.run_dir)
-        / f"{name}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    length = -(-min(args.buffer_size, args.total_timesteps + n) // n)
+    replay = Replay(length, n, envs.spaces, agent.model.rssm, args)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
+    folder = Path(args.run_dir) / f"{env_name}__{args.exp_name}__{args.seed}__{stamp}"
     folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    describe(args, envs, agent, replay, folder, dtype)
+    describe(args, agent, replay, folder, dtype)
     logger = Logger(args, folder)
 
     step = updates = 0
     credit = None  # updates owed; None until the replay can fill a batch
     metrics, returns = {}, None
-    obs, carry = envs.reset(), agent.initial(args.num_envs)
-    reward = np.zeros(args.num_envs, np.float32)
-    is_first = np.ones(args.num_envs, bool)
-    is_last = is_terminal = np.zeros(args.num_envs, bool)
-    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-    due = lambda every: every and step // every > (step - args.num_envs) // every
+    obs, carry, reward = envs.reset(), agent.initial(n), np.zeros(n, np.float32)
+    is_first, is_last, is_terminal = np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
+    episode_return, episode_length = np.zeros(n), np.zeros(n, int)
+    due = lambda every: every and step // every > (step - n) // every
     try:
         while step < args.total_timesteps:
-            # Act. The action of an episode's last step is never carried out: zeros.
+            # Act. Nothing is chosen at the last step of an episode: zeros. [D24]
             tensors = to_device(obs | {"is_first": is_first}, device)
             carry = agent.act(tensors, tensors.pop("is_first"), carry)
-            deter, stoch, action = (
-                x.cpu().numpy() for x in (carry[0].half(), carry[1].argmax(-1), carry[2])
-            )
-            action = np.where(is_last[:, None], 0, action)
-            flags = {"is_first": is_first, "is_last": is_last, "is_terminal": is_terminal}
+            latents = carry[0].half(), carry[1].argmax(-1), carry[2]
+            deter, stoch, action = (x.cpu().numpy() for x in latents)
+            action = action * ~is_last[:, None]
             replay.add(
-                obs | flags | {"action": action, "reward": reward, "deter": deter, "stoch": stoch}
+                obs
+                | dict(action=action, reward=reward, deter=deter, stoch=stoch)
+                | dict(is_first=is_first, is_last=is_last, is_terminal=is_terminal)
             )
-            step += args.num_envs
+            step += n
             envs.send(action)
 
             # Train, while the environments step.
             if len(replay) >= args.batch_size * args.batch_length:
                 per_step = args.train_ratio / (args.batch_size * args.batch_length)
-                credit = 1.0 if credit is None else credit + args.num_envs * per_step
+                credit = 1.0 if credit is None else credit + n * per_step
                 while credit >= 1:
                     batch, place = replay.sample()
                     metrics, deter, stoch = agent.train_step(to_device(batch, device))
@@ -1717,40 +1562,43 @@ def main(args):
                     updates, credit = updates + 1, credit - 1
                     logger.status(step, updates)
 
-            # See what the action led to; the replay entry of it is complete after the next decision.
-            obs, reward, terminated, truncated = envs.receive()
-            is_first, is_last, is_terminal = is_last, terminated | truncated, terminated
+            # See what the action led to.
+            obs, reward, is_terminal, truncated = envs.receive()
+            is_first, is_last = is_last, is_terminal | truncated
             episode_return += reward
             episode_length += ~is_first
             for env in np.flatnonzero(is_last):
-                logger.episode(step, episode_return[env], int(episode_length[env]))
+                logger.episode(step, episode_return[env], episode_length[env])
                 episode_return[env] = episode_length[env] = 0
 
             logger.status(step, updates)
             if metrics and due(args.log_every):
-                logger.write(step, metrics | {"charts/updates": updates, "charts/SPS": logger.rate})
+                speed = {"charts/updates": updates, "charts/SPS": logger.rate}
+                logger.write(step, metrics | speed)
             if due(args.save_every):
                 save_checkpoint(folder / "checkpoint.pt", agent, args, step, updates)
             if args.eval_episodes and (due(args.eval_every) or step >= args.total_timesteps):
-                returns = report_evaluation(agent, args, step, logger, folder)
-    except KeyboardInterrupt:
-        logger.message(f"interrupted at step {step:,}")
-        raise
-    finally:
+                returns = evaluate(agent, args, args.eval_episodes)
+                names = ("eval/episodic_return", "eval/episodic_return_std")
+                logger.write(step, dict(zip(names, (returns.mean(), returns.std()), strict=True)))
+                logger.show(f"step {step:,}  evaluation: {summary(returns)}")
+                if args.capture_video:
+                    evaluate(agent, args, 1, video=folder / f"videos/step_{step}")
+    finally:  # on Ctrl-C too
         save_checkpoint(folder / "checkpoint.pt", agent, args, step, updates)
+        logger.show(f"saved {folder / 'checkpoint.pt'} at step {step:,}")
         envs.envs.close()
         logger.close()
     return returns
 
 
 def cli():
-    """The command line. Exit status 2 and one line for what the user can put right."""
+    """The command line: one line and exit status 2 for what the user can put right."""
     try:
         main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
     except UserError as error:
-        sys.exit(
-            print(f"dreamer_v3.py: error: {' '.join(str(error).split())}", file=sys.stderr) or 2
-        )
+        print("dreamer_v3.py: error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
