@@ -1,34 +1,34 @@
-"""DreamerV3 in one file: a world model learned from replay, and an actor and a critic trained inside it.
+"""DreamerV3 in one file: a world model learned from replay; an actor and a critic trained inside it.
 
-Paper: Hafner, Pasukonis, Ba, Lillicrap, "Mastering diverse control tasks through world models" (Nature 2025;
-arXiv:2301.04104v2). Equation numbers below are those of arXiv v2. Numbers are checked against the authors' JAX code,
-github.com/danijar/dreamerv3 at commit e3f0224 ("the reference"). [D1] ... [D25] mark details of it that the paper does
-not spell out; the README lists them under the same numbers.
+Paper: Hafner, Pasukonis, Ba, Lillicrap, "Mastering diverse control tasks through world models"
+(Nature 2025). Equations are numbered as in arXiv:2301.04104v2. The numbers are checked against the
+authors' JAX code, github.com/danijar/dreamerv3 at commit e3f0224 ("the reference"). [D1] ... [D25]
+mark details of it that the paper does not spell out; the README explains them.
 
-    python dreamer_v3.py --env-id ALE/MsPacman-v5                                  # Atari, as benchmarked
-    python dreamer_v3.py --env-id CartPole-v1 --size 1m --total-timesteps 10000 --train-ratio 512 --no-cuda
+    python dreamer_v3.py --env-id ALE/MsPacman-v5                       # Atari, as benchmarked
+    python dreamer_v3.py --env-id CartPole-v1 --size 1m --total-timesteps 10000 --train-ratio 512
     python dreamer_v3.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20
-    python dreamer_v3.py --help
 
-Dimensions: B replay batch, T replay time, H imagined steps, N = B*T imagined trajectories, A action width, E embedding,
-D deter, S latent variables, K classes of each, F = D + S*K feature, G blocks of the GRU, U units, V two-hot bins,
-C channels, h and w pixels. Batch comes before time everywhere.
+Dimensions: B replay batch, T replay time, H imagined steps, N = B*T imagined trajectories, A action
+width, E embedding, D deter, S latent variables of K classes, F = D + S*K feature, G blocks of the
+GRU, U units, V two-hot bins, C channels, h and w pixels. Batch comes before time.
 
-Paper to code: x obs; enc(x) embed; a action; h deter; z stoch; s = {h, z} feat; r reward; c cont; R returns;
-S return_scale; sg(.) detach(); eta ent_coef; phi world model, theta actor, psi critic.
+Paper to code: x obs; enc(x) embed; a action; h deter; z stoch; s = {h, z} feat; r reward; c cont;
+R returns; S return_scale; sg(.) detach(); eta ent_coef; phi world model, theta actor, psi critic.
 
-What the replay holds. One column is one entry; at `|` a new episode begins:
+What the replay holds: one column is one entry, a new episode begins at `|`.
 
     t            0    1    2    3  |  0
-    obs          x0   x1   x2   x3 |  x0'     x3 is the last observation of its episode
-    action       a0   a1   a2   -  |  a0'     chosen AT obs[t]; nothing is chosen at the last one (zeros)
-    reward       0    r1   r2   r3 |  0       received on ARRIVING at obs[t]
-    is_first     1    0    0    0  |  1       the RSSM forgets its state and the action before
-    is_last      0    0    0    1  |  0       the episode ends here, whatever the cause
-    is_terminal  0    0    0    1  |  0       it ends here by itself; stays 0 when it was cut off (truncated)
+    obs          x0   x1   x2   x3 |  x0'    x3 is the last observation of its episode
+    action       a0   a1   a2   -  |  a0'    chosen AT obs[t]; nothing (zeros) at the last one
+    reward       0    r1   r2   r3 |  0      received on ARRIVING at obs[t]
+    is_first     1    0    0    0  |  1      the RSSM forgets its state and the action before
+    is_last      0    0    0    1  |  0      the episode ends here, whatever the cause
+    is_terminal  0    0    0    1  |  0      it ends by itself; 0 if it was cut off (truncated)
 
-Sections: 1 arguments, 2 transformations, 3 distributions, 4 layers, 5 encoder and decoder, 6 RSSM, 7 world model,
-8 behaviour, 9 optimizer, 10 agent, 11 replay, 12 environments, 13 logging, evaluation, checkpoint, 14 main.
+Sections: 1 arguments, 2 transformations, 3 distributions, 4 layers, 5 encoder and decoder, 6 RSSM,
+7 world model, 8 behaviour, 9 optimizer, 10 agent, 11 replay, 12 environments, 13 logging,
+evaluation, checkpoint, 14 main.
 """
 
 import contextlib
@@ -55,9 +55,9 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 
-# ---- 1. Arguments (paper: Extended Data Table 4, "Hyperparameters") ------------------------------
+# ---- 1. Arguments (paper: Extended Data Tables 3 and 4) ------------------------------------------
 
-# Network sizes of the paper. All have S = 32 latent variables and G = 8 blocks.
+# Network sizes of the paper; all have S = 32 latent variables and G = 8 blocks.
 SIZES = {
     "1m": dict(deter=512, hidden=64, classes=4, depth=4, units=64),
     "12m": dict(deter=2048, hidden=256, classes=16, depth=16, units=256),
@@ -71,126 +71,78 @@ SIZES = {
 
 @dataclass
 class Args:
-    # Experiment
-    exp_name: str = "dreamer_v3"
-    """Name of the experiment; part of the run directory's name."""
-    seed: int = 1
-    """Seed of environments, networks, sampling and replay."""
+    """Hyperparameters; the comments are the help of the command line."""
+
+    exp_name: str = "dreamer_v3"  # Name of the experiment, part of the run directory's name.
+    seed: int = 1  # Seed of environments, networks, sampling and replay.
+    # Use only deterministic torch kernels: slower; equal seeds give equal runs on a GPU too.
     torch_deterministic: bool = False
-    """Use only deterministic torch kernels: slower, and equal seeds then give equal runs on a GPU too."""
-    cuda: bool = True
-    """Train on the GPU if there is one; otherwise, or with --no-cuda, on the CPU."""
+    cuda: bool = True  # Train on the GPU if there is one; otherwise on the CPU.
+    # Type of matrix products and convolutions; auto: bfloat16 on a GPU, float32 on a CPU. All else
+    # is float32: parameters, norms, distributions, losses, optimizer.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products and convolutions; auto takes bfloat16 on a GPU and float32 on a CPU. Parameters, norms,
-    distributions, losses and the optimizer are float32 always."""
-    run_dir: str = "runs"
-    """Folder in which the run makes its own folder <env>__<exp>__<seed>__<time>."""
-    track: bool = False
-    """Log to Weights & Biases too (pip install wandb)."""
-    wandb_project_name: str = "dreamer_v3"
-    """Project of Weights & Biases."""
-    wandb_entity: str | None = None
-    """Team of Weights & Biases; by default your own account."""
+    run_dir: str = "runs"  # The run makes its own folder <env>__<exp>__<seed>__<time> in this one.
+    track: bool = False  # Log to Weights & Biases too (pip install wandb).
+    wandb_project_name: str = "dreamer_v3"  # Project of Weights & Biases.
+    wandb_entity: str | None = None  # Team of Weights & Biases; by default your own account.
+    # Record a video of one episode at every evaluation (pip install moviepy).
     capture_video: bool = False
-    """Write a video of one evaluation episode at every evaluation (pip install moviepy)."""
-    evaluate: str | None = None
-    """Path of a checkpoint.pt to evaluate for --eval-episodes episodes instead of training."""
+    evaluate: str | None = None  # Evaluate this checkpoint.pt instead of training.
 
-    # Environment
+    # Gymnasium id, after the module that registers it if it needs one: `module:Name-v0`.
     env_id: str = "ALE/MsPacman-v5"
-    """Gymnasium id, with the module that registers it if it needs one: `module:Name-v0`."""
+    # Options of the environment, a JSON object: '{"repeat_action_probability": 0.0}'.
     env_kwargs: str = "{}"
-    """Options of the environment as a JSON object, e.g. '{"repeat_action_probability": 0.0}'."""
+    # Agent decisions to train for, over all environments, resets included; Atari: 4 frames each.
     total_timesteps: int = 100_000
-    """Agent decisions to train for, over all environments, resets included. Atari shows 4 frames for each."""
-    num_envs: int = 1
-    """Environments stepped together."""
-    async_envs: bool = False
-    """Step each environment in a process of its own (Gymnasium's AsyncVectorEnv)."""
+    num_envs: int = 1  # Environments stepped together.
+    async_envs: bool = False  # Step each environment in a process of its own.
 
-    # Replay and schedule
-    buffer_size: int = 5_000_000
-    """Capacity of the replay in steps, over all environments; memory is taken as it fills."""
-    batch_size: int = 16
-    """Sequences in a batch (B)."""
-    batch_length: int = 64
-    """Steps in a sequence (T); one more is read before them as context."""
+    buffer_size: int = 5_000_000  # Capacity of the replay in steps; memory is taken as it fills.
+    batch_size: int = 16  # Sequences in a batch (B).
+    batch_length: int = 64  # Steps in a sequence (T); one more before them serves as context.
+    # Replayed steps per environment step: an update every batch_size * batch_length / train_ratio
+    # steps.
     train_ratio: float = 128.0
-    """Replayed steps per environment step: one update every batch_size * batch_length / train_ratio steps."""
-    eval_every: int = 25_000
-    """Environment steps between evaluations; 0 evaluates only at the end."""
-    eval_episodes: int = 10
-    """Episodes of an evaluation; 0 never evaluates."""
-    eval_sample: bool = False
-    """Evaluate with actions sampled as in training instead of the most likely ones."""
-    log_every: int = 1_000
-    """Environment steps between two lines of training metrics."""
-    save_every: int = 10_000
-    """Environment steps between checkpoints."""
+    eval_every: int = 25_000  # Environment steps between evaluations; 0: only one, at the end.
+    eval_episodes: int = 10  # Episodes of an evaluation; 0: never evaluate.
+    eval_sample: bool = False  # Evaluate with sampled actions instead of the most likely ones.
+    log_every: int = 1_000  # Environment steps between two lines of training metrics.
+    save_every: int = 10_000  # Environment steps between checkpoints.
 
-    # World model
+    # Network size: a row of the paper's table. The next five flags change one number of it.
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
-    """Network size: a row of the paper's table. The seven flags below change one number of the row."""
-    deter: int | None = None
-    """Width of the recurrent state h (D); by default as --size says."""
-    hidden: int | None = None
-    """Width of the hidden layers of the RSSM; by default as --size says."""
-    classes: int | None = None
-    """Classes of each latent variable (K); by default as --size says."""
-    depth: int | None = None
-    """Base number of convolution channels; by default as --size says."""
-    units: int | None = None
-    """Width of the multilayer perceptrons of vectors and heads (U); by default as --size says."""
-    stoch: int = 32
-    """Number of latent variables (S)."""
-    blocks: int = 8
-    """Blocks of the recurrent weights (G); must divide deter."""
-    free_nats: float = 1.0
-    """Nats below which the dynamics and representation losses are not reduced further (free bits)."""
-    unimix: float = 0.01
-    """Share of the uniform distribution mixed into the latent variables' distributions."""
-    beta_pred: float = 1.0
-    """Weight of the prediction loss: decoder, reward, continue."""
-    beta_dyn: float = 1.0
-    """Weight of the dynamics loss."""
-    beta_rep: float = 0.1
-    """Weight of the representation loss."""
+    deter: int | None = None  # Width of the recurrent state (D).
+    hidden: int | None = None  # Width of the hidden layers of the RSSM.
+    classes: int | None = None  # Classes of each latent variable (K).
+    depth: int | None = None  # Base number of convolution channels.
+    units: int | None = None  # Width of the multilayer perceptrons of vectors and heads (U).
+    stoch: int = 32  # Latent variables (S).
+    blocks: int = 8  # Blocks of the recurrent weights (G); must divide deter.
+    free_nats: float = 1.0  # Nats below which dynamics and representation losses do not push.
+    unimix: float = 0.01  # Share of the uniform distribution in those of the latent variables.
+    beta_pred: float = 1.0  # Weight of the prediction losses: decoder, reward, continue.
+    beta_dyn: float = 1.0  # Weight of the dynamics loss.
+    beta_rep: float = 0.1  # Weight of the representation loss.
 
-    # Actor and critic
-    imag_horizon: int = 15
-    """Steps of imagination from every replayed state (H)."""
-    gamma: float = 1 - 1 / 333
-    """Discount for one step."""
-    return_lambda: float = 0.95
-    """Mixing of the lambda-return: 0 trusts the critic after one step, 1 only at the end."""
-    ent_coef: float = 3e-4
-    """Scale of the actor's entropy bonus, in units of normalised return per nat."""
+    imag_horizon: int = 15  # Steps of imagination from every replayed state (H).
+    gamma: float = 1 - 1 / 333  # Discount for one step.
+    return_lambda: float = 0.95  # Mix of returns: 0 trusts the critic after one step, 1 at the end.
+    ent_coef: float = 3e-4  # Entropy bonus of the actor: normalised return per nat.
+    # Share of the uniform distribution in a discrete actor (the reference has 0 by oversight).
     actor_unimix: float = 0.01
-    """Share of the uniform distribution mixed into a discrete actor. The reference's code has 0 by oversight."""
-    beta_val: float = 1.0
-    """Weight of the critic loss on imagined trajectories."""
-    beta_repval: float = 0.3
-    """Weight of the critic loss on replayed sequences."""
-    slow_reg: float = 1.0
-    """Weight of the critic's regression to its slow copy, relative to the regression to the returns."""
-    tau: float = 0.02
-    """Share of the critic that enters its slow copy at every update."""
-    return_rate: float = 0.01
-    """Share of the newest batch in the running percentiles of the returns."""
+    beta_val: float = 1.0  # Weight of the critic loss on imagined trajectories.
+    beta_repval: float = 0.3  # Weight of the critic loss on replayed sequences.
+    slow_reg: float = 1.0  # Weight of the slow critic's prediction beside the return in these two.
+    tau: float = 0.02  # Share of the critic that enters its slow copy at every update.
+    return_rate: float = 0.01  # Share of the newest batch in the running percentiles of returns.
 
-    # Optimizer
-    learning_rate: float = 4e-5
-    """Learning rate of all networks."""
-    warmup_updates: int = 1_000
-    """Updates over which the learning rate rises linearly from 0."""
-    agc_clip: float = 0.3
-    """Largest norm of a tensor's gradient, relative to the norm of the tensor."""
-    beta1: float = 0.9
-    """Decay of LaProp's momentum."""
-    beta2: float = 0.999
-    """Decay of LaProp's mean of squared gradients."""
-    laprop_eps: float = 1e-20
-    """Added to the root of the mean of squared gradients."""
+    learning_rate: float = 4e-5  # Learning rate of all networks.
+    warmup_updates: int = 1_000  # Updates in which the learning rate rises linearly from 0.
+    agc_clip: float = 0.3  # Largest norm of a tensor's gradient, relative to the tensor's norm.
+    beta1: float = 0.9  # Decay of LaProp's momentum.
+    beta2: float = 0.999  # Decay of LaProp's mean of squared gradients.
+    laprop_eps: float = 1e-20  # Added to the root of the mean of squared gradients.
 
     def network(self):
         """The row of SIZES, with what the flags change of it."""
@@ -199,19 +151,19 @@ class Args:
 
 
 class UserError(Exception):
-    """Something the user can put right. The command line prints it in one line and exits with status 2."""
+    """What the user can put right: the command line prints one line and exits with status 2."""
 
 
 # ---- 2. Transformations (paper: Robust predictions, Eq. 8-11) ------------------------------------
 
 
 def f32(x):
-    """At least float32: distributions and losses are never computed in bfloat16."""
+    """At least float32: distributions and losses are never computed in bfloat16. [D23]"""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def symlog(x):
-    """sign(x) ln(1 + |x|): compresses large values, keeps the sign, is the identity around 0 (Eq. 9)."""
+    """sign(x) ln(1 + |x|): compresses large values, is the identity around 0 (Eq. 9)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
@@ -221,9 +173,9 @@ def symexp(x):
 
 
 def twohot_bins(count=255, limit=20.0):
-    """The V = 255 values symexp(-20 ... 20) that rewards and returns are spread over (Eq. 10): (V,) float64, ascending.
+    """The values symexp(-20 ... 20) that rewards and returns are spread over (Eq. 10).
 
-    The upper half mirrors the lower one, so the bins are exactly antisymmetric and the middle one is exactly 0. [D1]
+    (V,) float64, ascending. One half mirrors the other: the bins are exactly antisymmetric. [D1]
     """
     lower = symexp(torch.linspace(-limit, 0, count // 2 + 1, dtype=torch.float64))
     return torch.cat([lower, -lower[:-1].flip(0)])
@@ -232,8 +184,8 @@ def twohot_bins(count=255, limit=20.0):
 def twohot_mean(logits, bins):
     """The value that logits (..., V) predict, softmax(logits) @ bins (Eq. 10): (...).
 
-    A bin and its mirror are subtracted before the sum: equal logits then predict exactly 0. Summed in plain order, the
-    rounding of bins as large as 5e8 would leave a random value at the start of training. [D1]
+    A bin and its mirror are subtracted before the sum: equal logits predict exactly 0. In plain
+    order, the rounding of bins as large as 5e8 would be the prediction of an untrained head. [D1]
     """
     half = logits.shape[-1] // 2
     probs = f32(logits).softmax(-1)
@@ -243,8 +195,8 @@ def twohot_mean(logits, bins):
 def twohot_loss(logits, target, bins):
     """Cross-entropy of softmax(logits) with the two-hot encoding of `target` (Eq. 11): (...).
 
-    The target weights are linear in the original space, between the last bin <= target and the first one above it;
-    beyond the end bins all weight is on the end bin. logits (..., V); target (...), which gets no gradient.
+    The weights of the last bin <= target and the first bin above it are linear in the original
+    space; beyond the ends, all weight is on the end bin. logits (..., V), target (...) detached.
     """
     logits, target = f32(logits), target.detach()
     above = torch.searchsorted(bins, target.contiguous(), right=True)
@@ -253,42 +205,38 @@ def twohot_loss(logits, target, bins):
     to_below, to_above = (bins[below] - target).abs(), (bins[above] - target).abs()
     weight = torch.where(below == above, 1.0, to_above / (to_below + to_above))  # of the bin below
     chosen = logits.gather(-1, torch.stack([below, above], -1))  # (..., 2)
-    # The weights sum to 1, so -sum(weight * log_softmax) needs the normaliser only once.
+    # The weights sum to 1: -sum(weight * log_softmax) needs the normaliser once.
     return logits.logsumexp(-1) - weight * chosen[..., 0] - (1 - weight) * chosen[..., 1]
 
 
 # ---- 3. Distributions ----------------------------------------------------------------------------
 
 
-def exponential_noise(shape, device):
-    """Independent Exponential(1) numbers: argmax(probs / noise) is a sample of the categorical `probs`."""
-    return torch.empty(shape, device=device).exponential_()
-
-
-def normal_noise(like):
-    """Independent standard normal numbers in the shape of `like`."""
-    return torch.randn_like(like)
-
-
 def one_hot(index, classes):
-    """index (...) integers in [0, classes) -> (..., classes) float32. (F.one_hot would check the range on the host.)"""
+    """(...) integers in [0, classes) -> (..., classes) float32; F.one_hot checks on the host."""
     return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
 
 
 def mixed_log_probs(logits, unimix):
-    """Log of (1 - unimix) softmax(logits) + unimix / K over the last axis: (..., K), at least float32 [D4]."""
+    """Log of (1 - unimix) softmax(logits) + unimix / K over the last axis [D4]: (..., K)."""
     logits = f32(logits)
     if unimix == 0:
         return logits.log_softmax(-1)
     return torch.log((1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1])
 
 
-def sample_one_hot(probs, noise):
-    """A sample of categoricals (..., K) as one-hot vectors whose gradient is that of `probs` (straight-through) [D6].
+def sample_class(probs, uniform):
+    """The class whose slice of [0, 1) holds the number `uniform`: (..., K), (...) -> (...)."""
+    below = probs.cumsum(-1) <= uniform.unsqueeze(-1)
+    return below.sum(-1).clamp(max=probs.shape[-1] - 1)
 
-    noise: `exponential_noise` of the same shape.
+
+def sample_one_hot(probs, uniform):
+    """One-hot samples of categoricals (..., K) with the gradient of `probs` (straight-through).
+
+    uniform: independent numbers in [0, 1), (...). [D6]
     """
-    index = (probs.detach() / noise).argmax(-1)
+    index = sample_class(probs.detach(), uniform)
     return one_hot(index, probs.shape[-1]) + (probs - probs.detach())
 
 
@@ -298,66 +246,75 @@ def categorical_kl(log_p, log_q):
 
 
 class Categoricals:
-    """Independent categoricals, one for each discrete action; log-probabilities and entropies add up."""
+    """Policy of discrete actions: independent categoricals over one-hot vectors side by side.
+
+    log_prob and entropy are in nats, sums over the actions. [D18]
+    """
 
     def __init__(self, logits, classes, unimix):
-        self.log_probs = [mixed_log_probs(x, unimix) for x in logits.split(classes, -1)]
         self.classes = classes
+        self.log_probs = [mixed_log_probs(x, unimix) for x in logits.split(classes, -1)]
 
     def sample(self):
-        """(..., A): the one-hot vectors of all actions side by side."""
-        noise = [exponential_noise(x.shape, x.device) for x in self.log_probs]
-        return torch.cat(
-            [sample_one_hot(x.exp(), n) for x, n in zip(self.log_probs, noise, strict=True)], -1
-        ).detach()
+        """(..., A), without gradient."""
+        draws = [(x.detach().exp(), torch.rand_like(x[..., 0])) for x in self.log_probs]
+        return torch.cat([one_hot(sample_class(*x), x[0].shape[-1]) for x in draws], -1)
 
     def mode(self):
-        """The most likely action: (..., A)."""
+        """(..., A)."""
         return torch.cat([one_hot(x.argmax(-1), x.shape[-1]) for x in self.log_probs], -1)
 
     def log_prob(self, action):
-        """(...) in nats."""
-        pairs = zip(self.log_probs, action.split(self.classes, -1), strict=True)
-        return sum((x * a).sum(-1) for x, a in pairs)
+        """(..., A) -> (...)."""
+        parts = zip(self.log_probs, action.split(self.classes, -1), strict=True)
+        return sum((log_prob * chosen).sum(-1) for log_prob, chosen in parts)
 
     def entropy(self):
-        """(...) in nats."""
+        """(...)."""
         return sum(-(x.exp() * x).sum(-1) for x in self.log_probs)
 
 
 class BoundedNormals:
-    """Independent normals, neither squashed nor clipped: the mean lies in [-1, 1], the deviation in [0.1, 1] [D25]."""
+    """Policy of continuous actions: normals with mean in [-1, 1], deviation in [0.1, 1]. [D25]
+
+    Samples are not bounded: the environment clips them. log_prob and entropy are sums, in nats.
+    """
 
     def __init__(self, mean, std):
         self.mean, self.std = torch.tanh(f32(mean)), 0.9 * torch.sigmoid(f32(std) + 2) + 0.1
 
     def sample(self):
-        """(..., A), unbounded; the environment clips to [-1, 1]."""
+        """(..., A), without gradient."""
         return (self.mean + self.std * normal_noise(self.mean)).detach()
 
     def mode(self):
-        """The mean: (..., A)."""
+        """(..., A)."""
         return self.mean
 
     def log_prob(self, action):
-        """(...) in nats."""
+        """(..., A) -> (...)."""
         z = (action - self.mean) / self.std
         return (-0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self):
-        """(...) in nats."""
+        """(...)."""
         return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
-# ---- 4. Layers -----------------------------------------------------------------------------------
-# Each layer computes in the type of its own weight: `Agent` makes the matrices bfloat16, norms stay float32.
+def normal_noise(like):
+    """Independent standard normal numbers in the shape of `like`."""
+    return torch.randn_like(like)
 
-# Standard deviation of a standard normal cut off at +-2. Dividing by it restores variance 1 (the reference: 1.1368). [D3]
+
+# ---- 4. Layers -----------------------------------------------------------------------------------
+# A layer computes in the type of its own weight: `Agent` rounds matrices, norms stay float32. [D23]
+
+# Standard deviation of a normal cut off at +-2; the reference multiplies by its inverse, 1.1368.
 TRUNCATED_STD = 0.8796256610342398
 
 
 def init_(layer, fan_in, outscale=1.0):
-    """Fill the weight with a normal of variance 1/fan_in cut off at two deviations, times `outscale`; the bias with 0."""
+    """Weight: normal of variance 1/fan_in cut off at two deviations, times `outscale` [D3]. Bias: 0."""
     nn.init.trunc_normal_(layer.weight, std=1.0, a=-2.0, b=2.0)
     layer.weight.data.mul_(outscale * fan_in**-0.5 / TRUNCATED_STD)
     nn.init.zeros_(layer.bias)
@@ -375,10 +332,10 @@ class Linear(nn.Linear):
 
 
 class BlockLinear(nn.Module):
-    """A Linear whose matrix is block-diagonal: each of G groups of inputs feeds its own group of outputs.
+    """Linear with a block-diagonal matrix: each of G groups of inputs feeds its group of outputs.
 
-    (..., in) -> (..., out). The weight is (G, in/G, out/G). The initial variance is 1/in, not G/in, as in the
-    reference, so that every block starts sqrt(G) smaller than a Linear of its size would. [D3]
+    (..., in) -> (..., out); the weight is (G, in/G, out/G). Its initial variance is 1/in as in the
+    reference, not G/in: every block starts sqrt(G) smaller than a Linear of its size. [D3]
     """
 
     def __init__(self, in_dim, out_dim, blocks):
@@ -393,7 +350,7 @@ class BlockLinear(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """5x5 convolution, stride 1, same size: (n, h, w, in) -> (n, h, w, out). Channels come last as in memory."""
+    """5x5 convolution, same size: (n, h, w, in) -> (n, h, w, out), channels last as in memory."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels, 5, padding=2)
@@ -403,8 +360,33 @@ class Conv(nn.Conv2d):
         return super().forward(x.to(self.weight.dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class UpConv(Conv):
+    """Upsampling by 2 (nearest neighbour), then Conv: (n, h, w, in) -> (n, 2h, 2w, out).
+
+    Along an axis, output 2i + p reads inputs i-1, i, i+1 only, so this is a 3x3 convolution of the
+    small image with one set of outputs for each of the 2x2 phases p. Its weights are sums of the
+    5x5 weights, exactly, at the borders too; it takes 2.8 times fewer multiplications.
+    """
+
+    # Which of the 5 weights meets inputs i-1, i, i+1: phase 0 [01, 23, 4], phase 1 [0, 12, 34].
+    TAPS = (((1, 1, 0, 0, 0), (0, 0, 1, 1, 0), (0, 0, 0, 0, 1)),
+            ((1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 1, 1)))  # fmt: skip
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels)
+        self.register_buffer("taps", torch.tensor(self.TAPS).float(), persistent=False)
+
+    def forward(self, x):
+        taps = self.taps.to(self.weight.dtype)
+        weight = torch.einsum("pak,qbl,oikl->pqoiab", taps, taps, self.weight).flatten(0, 2)
+        x = x.to(self.weight.dtype).permute(0, 3, 1, 2)
+        x = F.conv2d(x, weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
+        x = x.unflatten(-1, (2, 2, -1))  # (n, h, w, p, q, out)
+        return x.permute(0, 1, 3, 2, 4, 5).flatten(1, 2).flatten(2, 3)
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-4) * scale over the last axis, then SiLU. In float32 whatever the type of x."""
+    """x / sqrt(mean(x^2) + 1e-4) * scale over the last axis, then SiLU; always in float32."""
 
     def __init__(self, dim):
         super().__init__()
@@ -427,7 +409,7 @@ def mlp(in_dim, units, layers):
 
 
 class Head(nn.Module):
-    """MLP and one output layer, (..., F) -> (..., out), whose initial weights are multiplied by `outscale` [D2]."""
+    """MLP and output layer, (..., F) -> (..., out); `outscale` multiplies its first weights. [D2]"""
 
     def __init__(self, in_dim, units, layers, out_dim, outscale):
         super().__init__()
@@ -438,43 +420,35 @@ class Head(nn.Module):
         return f32(self.out(self.mlp(feat)))
 
 
-# ---- 5. Encoder and decoder (paper: World model learning; Extended Data Table 3) -----------------
-
-
-@dataclass(frozen=True)
-class Spaces:
-    """What the networks need to know of an environment.
-
-    channels: of the 64x64 image; 0 if there is none.
-    vectors: (name, width, classes) of each other observation, sorted by name. Discrete ones are one-hot encoded, one
-        after another, with `classes` numbers each; `classes` is empty for continuous ones.
-    action_classes: number of choices of each discrete action; empty if actions are continuous.
-    action_width: length A of the action vector: the sum of action_classes, or the number of continuous actions.
-    """
-
-    channels: int
-    vectors: tuple[tuple[str, int, tuple[int, ...]], ...]
-    action_classes: tuple[int, ...]
-    action_width: int
-
+# ---- 5. Encoder and decoder (paper: World model learning) ----------------------------------------
 
 IMAGE_SIZE = 64  # pixels; every image is resized to this before it is stored
 CHANNEL_FACTORS = (2, 3, 4, 4)  # channels of the four resolutions, in units of `depth`
 FINAL_SIZE = IMAGE_SIZE // 2 ** len(CHANNEL_FACTORS)  # pixels
 
 
+@dataclass(frozen=True)
+class Spaces:
+    """What the networks need to know of an environment."""
+
+    channels: int  # of the 64x64 image; 0 if there is none
+    # (name, width, classes) of each other observation, sorted by name. Discrete ones are one-hot
+    # vectors side by side, of `classes` numbers each; `classes` is empty for continuous ones.
+    vectors: tuple[tuple[str, int, tuple[int, ...]], ...]
+    action_classes: tuple[int, ...]  # choices of each discrete action; empty if continuous
+    action_width: int  # A: the sum of action_classes, or the number of continuous actions
+
+
 class Encoder(nn.Module):
-    """Observation -> embedding enc(x). Vectors go through an MLP, images through convolutions with pooling [D11]."""
+    """Observation -> embedding: an MLP for vectors, convolutions with pooling for images. [D11]"""
 
     def __init__(self, spaces, depth, units):
         super().__init__()
         self.embed_dim = 0
         if spaces.vectors:
-            one_hot_part = [
-                bool(classes) for _, width, classes in spaces.vectors for _ in range(width)
-            ]
-            self.register_buffer("one_hot_part", torch.tensor(one_hot_part), persistent=False)
-            self.mlp = mlp(len(one_hot_part), units, 3)
+            discrete = [bool(classes) for _, width, classes in spaces.vectors for _ in range(width)]
+            self.register_buffer("discrete", torch.tensor(discrete), persistent=False)
+            self.mlp = mlp(len(discrete), units, 3)
             self.embed_dim += units
         if spaces.channels:
             widths = [spaces.channels] + [depth * factor for factor in CHANNEL_FACTORS]
@@ -483,20 +457,18 @@ class Encoder(nn.Module):
             self.embed_dim += widths[-1] * FINAL_SIZE**2
 
     def forward(self, obs):
-        """obs: dict with `image` (B, T, h, w, C) uint8 and/or `vector` (B, T, width). Returns (B, T, E)."""
+        """Dict of `image` (B, T, h, w, C) uint8, `vector` (B, T, width), or both -> (B, T, E)."""
         embed = []
         if "vector" in obs:
             x = obs["vector"]
-            embed.append(self.mlp(torch.where(self.one_hot_part, x, symlog(x))))  # [D10]
+            embed.append(self.mlp(torch.where(self.discrete, x, symlog(x))))  # [D10]
         if "image" in obs:
-            x = (
-                obs["image"].flatten(0, 1).to(self.norms[0].scale.dtype) / 255 - 0.5
-            )  # (B*T, h, w, C)
+            x = obs["image"].flatten(0, 1) / 255 - 0.5  # (B*T, h, w, C)
             for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = conv(x)
-                # 2x2 max-pool. amax shares the gradient evenly among equal entries, as the reference does and
-                # max_pool2d does not: flat regions of a game's image tie everywhere.
-                x = norm(x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).amax((2, 4)))
+                # 2x2 max-pool. amax shares the gradient evenly among equal entries, as the
+                # reference does and max_pool2d does not: flat regions of an image tie everywhere.
+                x = conv(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).amax((2, 4))
+                x = norm(x)
             embed.append(x.flatten(1).unflatten(0, obs["image"].shape[:2]))
         return torch.cat(embed, -1)
 
@@ -506,79 +478,91 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces, deter, stoch, depth, units):
         super().__init__()
-        self.vectors = spaces.vectors
+        self.spaces = spaces
         if spaces.vectors:
             self.mlp = mlp(stoch + deter, units, 3)
             self.outs = nn.ModuleList(Linear(units, width) for _, width, _ in spaces.vectors)
         if spaces.channels:
             widths = [depth * factor for factor in reversed(CHANNEL_FACTORS)]
             cells = FINAL_SIZE**2 * widths[0]
-            self.from_deter = BlockLinear(deter, cells, 8)  # always 8 blocks, unlike the GRU
+            self.from_deter = BlockLinear(deter, cells, 8)  # 8 blocks, whatever the GRU has
             self.from_stoch = nn.Sequential(Dense(stoch, 2 * units), Linear(2 * units, cells))
             self.norm = RMSNorm(widths[0])
-            self.convs = nn.ModuleList(map(Conv, widths[:-1], widths[1:]))
+            self.convs = nn.ModuleList(map(UpConv, widths[:-1], widths[1:]))
             self.norms = nn.ModuleList(map(RMSNorm, widths[1:]))
-            self.image_out = Conv(widths[-1], spaces.channels)
+            self.image_out = UpConv(widths[-1], spaces.channels)
 
     def forward(self, deter, stoch):
-        """deter (B, T, D), stoch (B, T, S, K). Returns a dict: `image` (B, T, h, w, C) in (0, 1); each vector by its
-        name, (B, T, width): symlog of the values, or logits."""
-        stoch = stoch.flatten(-2)
-        recon = {}
-        if hasattr(self, "mlp"):
+        """deter (B, T, D), stoch (B, T, S, K) -> dict of (B, T, ...).
+
+        `image` is (h, w, C) in (0, 1); vectors, by name, are (width): symlog values or logits.
+        """
+        stoch, recon = stoch.flatten(-2), {}
+        if self.spaces.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))
-            recon = {
-                name: f32(out(x)) for (name, _, _), out in zip(self.vectors, self.outs, strict=True)
-            }
-        if hasattr(self, "convs"):
+            names = [name for name, _, _ in self.spaces.vectors]
+            recon = {name: f32(out(x)) for name, out in zip(names, self.outs, strict=True)}
+        if self.spaces.channels:
             # Every block writes all pixels of its own channels: (g h w c) -> h w (g c).
-            x = self.from_deter(deter.flatten(0, 1)).unflatten(-1, (8, FINAL_SIZE, FINAL_SIZE, -1))
-            x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # (B*T, h, w, channels)
+            x = self.from_deter(deter.flatten(0, 1))
+            x = x.unflatten(-1, (8, FINAL_SIZE, FINAL_SIZE, -1)).permute(0, 2, 3, 1, 4).flatten(-2)
             x = self.norm(x + self.from_stoch(stoch.flatten(0, 1)).view_as(x))
             for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = norm(conv(upsample(x)))
-            recon["image"] = torch.sigmoid(f32(self.image_out(upsample(x)))).unflatten(
-                0, deter.shape[:2]
-            )
+                x = norm(conv(x))
+            recon["image"] = torch.sigmoid(f32(self.image_out(x))).unflatten(0, deter.shape[:2])
         return recon
 
     def losses(self, recon, obs):
-        """Negative log-likelihoods up to constants, summed over everything but batch and time: dict of (B, T).
+        """Negative log-likelihoods up to constants, for every observation: dict of (B, T).
 
-        Images and continuous vectors have a squared error (no factor 1/2), the latter in symlog space (Eq. 8); discrete
-        ones have a cross-entropy. [D10]
+        Squared errors (no factor 1/2) of images and of symlog vectors (Eq. 8), cross-entropies of
+        discrete vectors, summed over all but batch and time. [D10]
         """
         losses = {}
-        if "vector" in obs:
-            parts = obs["vector"].split([width for _, width, _ in self.vectors], -1)
-            for (name, _, classes), target in zip(self.vectors, parts, strict=True):
+        if self.spaces.vectors:
+            parts = obs["vector"].split([width for _, width, _ in self.spaces.vectors], -1)
+            for (name, _, classes), target in zip(self.spaces.vectors, parts, strict=True):
                 if classes:
-                    losses[name] = -Categoricals(recon[name], classes, unimix=0.0).log_prob(target)
+                    losses[name] = -Categoricals(recon[name], classes, unimix=0).log_prob(target)
                 else:
                     losses[name] = (recon[name] - symlog(target)).square().sum(-1)
-        if "image" in obs:
+        if self.spaces.channels:
             losses["image"] = (recon["image"] - obs["image"] / 255).square().sum((-3, -2, -1))
         return losses
-
-
-def upsample(x):
-    """Nearest neighbour by 2: (n, h, w, c) -> (n, 2h, 2w, c)."""
-    return x.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
 
 # ---- 6. RSSM: the recurrent state-space model (paper: World model learning, Eq. 1) ---------------
 
 
+class StepLinear(torch.autograd.Function):
+    """y[t] = base[t] + x[t] @ weight for a loop over t in which x[t+1] depends on y[t].
+
+    `apply(weight, base, x)` returns base; the loop adds the products with weight.detach() and
+    appends its x[t] to the list x. The weight's gradient, sum_t x[t].T @ dy[t], is then one matrix
+    product over all steps instead of T small ones. Exact, being the same sum.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, base, x):
+        ctx.x = x
+        return base.view_as(base)
+
+    @staticmethod
+    def backward(ctx, grad):
+        equation = "tbi,tbo->io" if ctx.x[0].dim() == 2 else "tgbi,tgbo->gio"
+        return torch.einsum(equation, torch.stack(ctx.x), grad), grad, None
+
+
 class RSSM(nn.Module):
-    """Sequence model h' = f(h, z, a), prior p(z | h) and posterior q(z | h, x) over S categoricals of K classes.
+    """Sequence model h' = f(h, z, a), prior p(z | h), posterior q(z | h, x) over S categoricals.
 
     The state is deter (B, D), in (-1, 1), and stoch (B, S, K), one-hot. Both start as zeros. [D9]
     """
 
     def __init__(self, action_width, embed_dim, deter, hidden, stoch, classes, blocks, unimix):
         super().__init__()
-        self.deter_dim, self.hidden_dim, self.blocks, self.unimix = deter, hidden, blocks, unimix
-        self.stoch_shape = (stoch, classes)
+        self.deter_dim, self.blocks, self.unimix = deter, blocks, unimix
+        self.hidden_dim, self.stoch_shape = hidden, (stoch, classes)
         self.deter_in = Dense(deter, hidden)
         self.stoch_in = Dense(stoch * classes, hidden)
         self.action_in = Dense(action_width, hidden)
@@ -598,85 +582,128 @@ class RSSM(nn.Module):
         """The model state s = {h, z} as the heads see it: (..., F)."""
         return torch.cat([deter, stoch.flatten(-2)], -1)
 
-    # The cell is  h' = gru(hidden_layer(h_g, in(h), in(z), in(a)))  with block-diagonal weights: block g sees its own
-    # slice h_g of h and all three embeddings [D7]. A linear layer of joined inputs is the sum of a linear layer of each.
-    # So the part of the action, which no step needs to wait for, is computed for all steps at once, and so is the part
-    # of the observation in the posterior.
+    # Every block of the hidden layer sees its own slice of h and the embeddings of h, z and a [D7].
+    # A linear layer of joined inputs is the sum of one linear layer each. So what the loop need not
+    # wait for is computed for all steps at once: the action's share of the hidden layer, and the
+    # observation's share of the posterior's first layer.
+
+    def weights(self):
+        """The products inside the loop: name -> weight (in, out), or (G, in, out) for blocks."""
+        own, embeds, _ = self.hidden_layer.weight.split(
+            [self.deter_dim // self.blocks, 2 * self.hidden_dim, self.hidden_dim], 1
+        )
+        return {
+            "deter_in": self.deter_in[0].weight.T,
+            "stoch_in": self.stoch_in[0].weight.T,
+            "hidden_own": own,
+            "hidden_embeds": embeds.transpose(0, 1).flatten(1),  # one dense product for all blocks
+            "gru": self.gru.weight,
+            "posterior_in": self.posterior_in[0].weight[:, : self.deter_dim].T,
+            "posterior_out": self.posterior_out.weight.T,
+        }
+
+    def biases(self):
+        """What is added to the products: name -> (out,), or (G, 1, out) for blocks."""
+        return {
+            "deter_in": self.deter_in[0].bias,
+            "stoch_in": self.stoch_in[0].bias,
+            "hidden_own": self.hidden_layer.bias.view(self.blocks, 1, -1),
+            "gru": self.gru.bias.view(self.blocks, 1, -1),
+            "posterior_out": self.posterior_out.bias,
+        }
 
     def action_part(self, action):
-        """What actions add to the hidden layer of the cell: (n, A) -> (G, n, D/G)."""
+        """The action's share of the hidden layer: (..., A) -> (..., D)."""
         action = action / action.abs().clamp(min=1).detach()  # [D8]
-        weight = self.hidden_layer.weight[:, -self.hidden_dim :]  # (G, U, D/G)
-        bias = self.hidden_layer.bias.view(self.blocks, 1, -1)
-        return self.action_in(action).to(weight.dtype) @ weight + bias
+        weight = self.hidden_layer.weight[:, -self.hidden_dim :].transpose(0, 1).flatten(1)
+        return self.action_in(action).to(weight.dtype) @ weight
 
     def embed_part(self, embed):
-        """What embeddings add to the first layer of the posterior: (..., E) -> (..., U)."""
+        """The observation's share of the posterior's first layer: (..., E) -> (..., U)."""
         layer = self.posterior_in[0]
         return F.linear(embed.to(layer.weight.dtype), layer.weight[:, self.deter_dim :], layer.bias)
 
-    def sequence_model(self, deter, stoch, action_part):
-        """One step h' = f(h, z, a): deter (B, D), stoch (B, S, K), action_part (G, B, D/G) -> (B, D)."""
-        weight = self.hidden_layer.weight
-        width = self.deter_dim // self.blocks
-        split = lambda x: x.unflatten(-1, (self.blocks, width)).transpose(
+    def sequence_model(self, deter, stoch, product):
+        """h' = f(h, z, a): deter (B, D), stoch (B, S, K) -> (B, D).
+
+        product(name, x) is x @ weights[name] + base, where the base of "hidden_embeds" is the
+        action's share and the others are the biases.
+        """
+        split = lambda x: x.unflatten(-1, (self.blocks, -1)).transpose(
             0, 1
         )  # (B, D) -> (G, B, D/G)
-        merge = lambda x: x.transpose(0, 1).flatten(-2)  # (G, B, D/G) -> (B, D)
-        shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(-2))], -1).to(
-            weight.dtype
-        )  # (B, 2U)
-        x = action_part + split(deter.to(weight.dtype)) @ weight[:, :width]
-        x = x + shared @ weight[:, width : -self.hidden_dim]
-        x = self.hidden_norm(merge(x))  # (B, D)
-        gates = split(x.to(weight.dtype)) @ self.gru.weight + self.gru.bias.view(self.blocks, 1, -1)
-        reset, cand, update = f32(gates).chunk(3, -1)  # (G, B, D/G) each
+        merge = lambda x: x.transpose(0, 1).flatten(-2)  # and back
+        embeds = [
+            self.deter_in[1](product("deter_in", deter)),
+            self.stoch_in[1](product("stoch_in", stoch.flatten(-2))),
+        ]
+        x = merge(product("hidden_own", split(deter)))
+        x = self.hidden_norm(x + product("hidden_embeds", torch.cat(embeds, -1)))  # (B, D)
+        reset, cand, update = map(merge, f32(product("gru", split(x))).chunk(3, -1))
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)
-        return deter + merge(update) * (merge(cand) - deter)
+        return update * cand + (1 - update) * deter
 
     def prior(self, deter):
         """Logits of p(z | h): (..., D) -> (..., S, K)."""
         return f32(self.prior_net(deter)).unflatten(-1, self.stoch_shape)
 
-    def posterior(self, deter, embed_part):
-        """Logits of q(z | h, x): deter (..., D), embed_part (..., U) -> (..., S, K)."""
-        layer, norm = self.posterior_in
-        x = F.linear(deter.to(layer.weight.dtype), layer.weight[:, : self.deter_dim]) + embed_part
-        return f32(self.posterior_out(norm(x))).unflatten(-1, self.stoch_shape)
+    def sample(self, logits, uniform):
+        """A straight-through sample of the mixed categoricals (..., S, K)."""
+        return sample_one_hot(mixed_log_probs(logits, self.unimix).exp(), uniform)
 
-    def sample(self, logits, noise):
-        """A sample of the mixed categoricals (..., S, K), straight-through."""
-        return sample_one_hot(mixed_log_probs(logits, self.unimix).exp(), noise)
+    def observe_step(self, deter, stoch, keep, uniform, base, weights):
+        """One step of `observe`: the new deter and stoch, the logits, the inputs of the products."""
+        inputs = {}
+
+        def product(name, x):
+            inputs[name] = x = x.to(weights[name].dtype)
+            multiply_add = torch.addmm if x.dim() == 2 else torch.baddbmm
+            return multiply_add(base[name], x, weights[name])
+
+        # At the start of an episode the state is zeros; so is the action, and not class 0. [D9]
+        deter, stoch = deter * keep, stoch * keep.unsqueeze(-1)
+        deter = self.sequence_model(deter, stoch, product)
+        x = self.posterior_in[1](product("posterior_in", deter))
+        logits = f32(product("posterior_out", x)).unflatten(-1, self.stoch_shape)
+        return deter, self.sample(logits, uniform), logits, inputs
 
     def observe(self, embed, prev_action, is_first, deter, stoch):
         """Filter a sequence: the posterior state at each of T steps.
 
-        embed (B, T, E); prev_action (B, T, A), the actions that led to the observations; is_first (B, T) bool; deter
-        (B, D) and stoch (B, S, K), the state before the first step. Returns deter (B, T, D), stoch (B, T, S, K) and the
-        posterior's logits (B, T, S, K).
+        embed (B, T, E); prev_action (B, T, A), which led to the observations; is_first (B, T) bool;
+        the state before the first step, deter (B, D), stoch (B, S, K). Returns deter (B, T, D),
+        stoch (B, T, S, K) and the posterior's logits (B, T, S, K).
         """
         batch, length = is_first.shape
-        keep = 1 - is_first.to(deter.dtype)
-        # At the start of an episode the state is zeros and so is the action: a zero vector, not class 0. [D9]
-        action_part = self.action_part((prev_action * keep.unsqueeze(-1)).flatten(0, 1))
-        action_part = action_part.unflatten(1, (batch, length))  # (G, B, T, D/G)
-        embed_part = self.embed_part(embed)  # (B, T, U)
-        noise = exponential_noise((batch, length, *self.stoch_shape), embed.device)
+        keep = (~is_first).to(deter.dtype).T.unsqueeze(-1)  # (T, B, 1)
+        uniform = torch.rand(length, batch, self.stoch_shape[0], device=embed.device)
+        weights, base = self.weights(), self.biases()
+        base = {
+            name: x.expand(length, batch, -1) if x.dim() == 1 else x.expand(length, -1, batch, -1)
+            for name, x in base.items()
+        }  # fmt: skip
+        base["hidden_embeds"] = self.action_part(prev_action.transpose(0, 1) * keep)  # (T, B, D)
+        base["posterior_in"] = self.embed_part(embed.transpose(0, 1))  # (T, B, U)
+        inputs = {name: [] for name in weights}
+        base = {k: StepLinear.apply(weights[k], x, inputs[k]).unbind(0) for k, x in base.items()}
+        weights = {name: weight.detach() for name, weight in weights.items()}
         states = []
         for t in range(length):
-            deter, stoch = deter * keep[:, t, None], stoch * keep[:, t, None, None]
-            deter = self.sequence_model(deter, stoch, action_part[:, :, t])
-            logits = self.posterior(deter, embed_part[:, t])
-            stoch = self.sample(logits, noise[:, t])
-            states.append((deter, stoch, logits))
+            base_t = {name: x[t] for name, x in base.items()}
+            *state, inputs_t = self.observe_step(deter, stoch, keep[t], uniform[t], base_t, weights)
+            deter, stoch, _ = state
+            states.append(state)
+            for name, x in inputs_t.items():
+                inputs[name].append(x.detach())
         return [torch.stack(x, 1) for x in zip(*states, strict=True)]
 
-    def imagine_step(self, deter, stoch, action):
-        """One step without observation: deter (N, D), stoch (N, S, K), action (N, A) -> deter, stoch."""
-        deter = self.sequence_model(deter, stoch, self.action_part(action))
-        logits = self.prior(deter)
-        return deter, self.sample(logits, exponential_noise(logits.shape, logits.device))
+    def imagine_step(self, deter, stoch, action, uniform, weights):
+        """One step without observation: deter (N, D), stoch (N, S, K), action (N, A) -> both."""
+        base = self.biases() | {"hidden_embeds": self.action_part(action)}
+        product = lambda name, x: x.to(weights[name].dtype) @ weights[name] + base[name]
+        deter = self.sequence_model(deter, stoch, product)
+        return deter, self.sample(self.prior(deter), uniform)
 
 
 # ---- 7. World model (paper: World model learning, Eq. 2-3) ---------------------------------------
@@ -689,19 +716,16 @@ class Actor(nn.Module):
         super().__init__()
         self.classes, self.unimix = spaces.action_classes, unimix
         self.mlp = mlp(feat_dim, units, 3)
-        outs = ("logits",) if self.classes else ("mean", "std")
-        self.outs = nn.ModuleDict(
-            {name: Linear(units, spaces.action_width, outscale=0.01) for name in outs}
-        )  # [D2]
+        names = ("logits",) if self.classes else ("mean", "std")
+        outs = {name: Linear(units, spaces.action_width, outscale=0.01) for name in names}  # [D2]
+        self.outs = nn.ModuleDict(outs)
 
     def forward(self, feat):
         x = self.mlp(feat)
         outs = [out(x) for out in self.outs.values()]
-        return (
-            Categoricals(*outs, self.classes, self.unimix)
-            if self.classes
-            else BoundedNormals(*outs)
-        )
+        if self.classes:
+            return Categoricals(*outs, self.classes, self.unimix)
+        return BoundedNormals(*outs)
 
 
 class Dreamer(nn.Module):
@@ -709,32 +733,27 @@ class Dreamer(nn.Module):
 
     def __init__(self, args, spaces):
         super().__init__()
-        net = args.network()
-        deter, units = net["deter"], net["units"]
-        flat_stoch = args.stoch * net["classes"]
-        feat_dim = deter + flat_stoch
+        deter, hidden, classes, depth, units = args.network().values()
+        stoch = args.stoch * classes
         bins = twohot_bins()
-        self.encoder = Encoder(spaces, net["depth"], units)
-        self.rssm = RSSM(
-            spaces.action_width, self.encoder.embed_dim, deter, net["hidden"], args.stoch, net["classes"], args.blocks,
-            args.unimix,
-        )  # fmt: skip
-        self.decoder = Decoder(spaces, deter, flat_stoch, net["depth"], units)
-        self.reward = Head(feat_dim, units, 1, len(bins), outscale=0.0)
-        self.cont = Head(feat_dim, units, 1, 1, outscale=1.0)
-        self.actor = Actor(feat_dim, units, spaces, args.actor_unimix)
-        self.critic = Head(feat_dim, units, 3, len(bins), outscale=0.0)
-        self.slow_critic = Head(feat_dim, units, 3, len(bins), outscale=0.0).requires_grad_(False)
-        self.slow_critic.load_state_dict(self.critic.state_dict())
-        self.register_buffer("bins", bins.to(torch.get_default_dtype()))
+        self.encoder = Encoder(spaces, depth, units)
+        sizes = deter, hidden, args.stoch, classes, args.blocks
+        self.rssm = RSSM(spaces.action_width, self.encoder.embed_dim, *sizes, args.unimix)
+        self.decoder = Decoder(spaces, deter, stoch, depth, units)
+        self.reward = Head(deter + stoch, units, 1, len(bins), outscale=0.0)
+        self.cont = Head(deter + stoch, units, 1, 1, outscale=1.0)
+        self.actor = Actor(deter + stoch, units, spaces, args.actor_unimix)
+        self.critic = Head(deter + stoch, units, 3, len(bins), outscale=0.0)
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
 
 
 def world_model_loss(model, batch, args):
     """Losses of encoder, RSSM, decoder, reward and continue predictor on replayed sequences.
 
-    batch: tensors of T steps (see `Agent.train_step`). Returns a dict of losses, each (B, T), and the posterior states:
-    deter (B, T, D), stoch (B, T, S, K), with gradient.
+    batch: T steps, see `Agent.loss`. Returns a dict of losses (B, T), the posterior states deter
+    (B, T, D) and stoch (B, T, S, K) with gradient, and metrics.
     """
     embed = model.encoder(batch["obs"])  # (B, T, E)
     deter, stoch, post_logits = model.rssm.observe(
@@ -742,16 +761,15 @@ def world_model_loss(model, batch, args):
     )
     feat = model.rssm.feat(deter, stoch)  # (B, T, F)
 
-    # L_pred: decoder, reward, continue. The discount is part of the continue flag, so imagination needs none. [D12]
+    # L_pred. The discount is part of the continue flag; imagination then needs no other. [D12]
     losses = model.decoder.losses(model.decoder(deter, stoch), batch["obs"])
     losses["reward"] = twohot_loss(model.reward(feat), batch["reward"], model.bins)
     cont = (1 - batch["is_terminal"].to(feat.dtype)) * args.gamma
-    losses["cont"] = F.binary_cross_entropy_with_logits(
-        model.cont(feat).squeeze(-1), cont, reduction="none"
-    )
+    cont_logit = model.cont(feat).squeeze(-1)
+    losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
 
-    # L_dyn trains the prior towards the posterior, L_rep the posterior towards the prior. The KL is that of the mixed
-    # distributions, summed over the latent variables and only then clipped, for every step on its own. [D5]
+    # L_dyn moves the prior to the posterior, L_rep the posterior to the prior. KL of the mixed
+    # distributions, summed over the latent variables and only then clipped, step by step. [D5]
     post = mixed_log_probs(post_logits, args.unimix)
     prior = mixed_log_probs(model.rssm.prior(deter), args.unimix)
     losses["dyn"] = categorical_kl(post.detach(), prior).clamp(min=args.free_nats)
@@ -769,20 +787,22 @@ def world_model_loss(model, batch, args):
 
 @torch.no_grad()
 def imagine(model, deter, stoch, horizon):
-    """Dream from N states with the actor's own actions: feat (N, H+1, F), action (N, H+1, A), start included.
+    """Dream from N states with the actor's actions: feat (N, H+1, F), action (N, H+1, A).
 
-    deter (N, D), stoch (N, S, K). Nothing carries a gradient: the actor learns by REINFORCE alone, and imagination
-    teaches nothing to the world model. [D13] [D18]
+    deter (N, D), stoch (N, S, K). Nothing carries a gradient: the actor learns by REINFORCE alone,
+    and imagination teaches the world model nothing. [D13] [D18]
 
         t          0    1   ...   H
         feat       s0   s1  ...   sH      s0 is a state of the replay
         action     a0   a1  ...   aH      a[t] is chosen at s[t]; the last one is not carried out
         reward     -    r1  ...   rH      predicted from s[t]: received on arriving there
     """
+    weights = model.rssm.weights()
     feats, actions = [], []
     for t in range(horizon + 1):
         if t > 0:
-            deter, stoch = model.rssm.imagine_step(deter, stoch, actions[-1])
+            uniform = torch.rand(stoch.shape[:2], device=stoch.device)
+            deter, stoch = model.rssm.imagine_step(deter, stoch, actions[-1], uniform, weights)
         feats.append(model.rssm.feat(deter, stoch))
         actions.append(model.actor(feats[-1]).sample())
     return torch.stack(feats, 1), torch.stack(actions, 1)
@@ -791,45 +811,44 @@ def imagine(model, deter, stoch, horizon):
 def lambda_return(reward, value, cont, last, return_lambda):
     """Lambda-returns, computed backwards (Eq. 5):
 
-        R[t] = r[t+1] + c[t+1] ((1 - l[t+1]) v[t+1] + l[t+1] R[t+1]),  l = lambda (1 - last),  R[H] = v[H]
+        R[t] = r[t+1] + c[t+1] ((1 - l[t+1]) v[t+1] + l[t+1] R[t+1]),  R[H] = v[H]
 
-    The paper counts the reward with the action that earns it (r_t); here it belongs to the state it leads to. [D14]
-    reward, value, cont, last: (N, H+1); cont in [0, 1] with the discount inside; last 1 where a trajectory is cut, so
-    that what follows counts only through the value. Returns (N, H).
+    with l = lambda (1 - last). The paper counts a reward with the action that earns it; here it
+    belongs to the state it leads to. [D14] reward, value, cont, last: (N, H+1); cont in [0, 1] has
+    the discount inside; last is 1 where a trajectory is cut, and what follows is left to the value.
+    Returns (N, H).
     """
     assert reward.shape == value.shape == cont.shape == last.shape
     mix = return_lambda * (1 - last)
-    ret = value[:, -1]
-    returns = []
+    one_step = reward + cont * (1 - mix) * value
+    returns = [value[:, -1]]
     for t in reversed(range(1, reward.shape[1])):
-        ret = reward[:, t] + cont[:, t] * ((1 - mix[:, t]) * value[:, t] + mix[:, t] * ret)
-        returns.append(ret)
-    return torch.stack(returns[::-1], 1)
+        returns.append(one_step[:, t] + cont[:, t] * mix[:, t] * returns[-1])
+    return torch.stack(returns[:0:-1], 1)
 
 
-def critic_loss(logits, slow_value, returns, bins, slow_reg):
-    """Regression to the returns and, as a regulariser, to the slow critic's own prediction (Eq. 5) [D15]: (...)."""
-    return twohot_loss(logits, returns, bins) + slow_reg * twohot_loss(logits, slow_value, bins)
+def critic_loss(logits, slow_value, returns, model, args):
+    """Regression to the returns and, to steady it, to the slow critic (Eq. 5) [D15]: (...)."""
+    to_slow = twohot_loss(logits, slow_value, model.bins)
+    return twohot_loss(logits, returns, model.bins) + args.slow_reg * to_slow
 
 
 def actor_critic_loss(model, feat, action, args):
     """Losses of actor and critic on imagined trajectories (Eq. 5-7).
 
-    feat (N, H+1, F), action (N, H+1, A) from `imagine`. Updates the return range. Returns the losses `actor` and
-    `critic`, each (N, H), the returns (N, H), and the metrics.
+    feat (N, H+1, F), action (N, H+1, A) as of `imagine`. Updates the return range. Returns the
+    losses `actor` and `critic`, (N, H) each, the returns (N, H), and metrics.
     """
     logits = model.critic(feat)  # (N, H+1, V)
     with torch.no_grad():
-        value = twohot_mean(
-            logits, model.bins
-        )  # (N, H+1), the fast critic: target and baseline [D15]
+        value = twohot_mean(logits, model.bins)  # the fast critic: target and baseline [D15]
         slow_value = twohot_mean(model.slow_critic(feat), model.bins)
         reward = twohot_mean(model.reward(feat), model.bins)
         cont = torch.sigmoid(model.cont(feat)).squeeze(-1)
-        weight = cont.cumprod(1)[:, :-1]  # (N, H); the start's own prediction counts too [D16]
+        weight = cont.cumprod(1)[:, :-1]  # (N, H); the start's own prediction counts [D16]
         returns = lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
 
-        # Return range S (Eq. 7): smoothed percentiles over the whole batch. Small returns are not blown up. [D17]
+        # Return range S (Eq. 7), over the whole batch. Small returns are not blown up. [D17]
         percentiles = torch.stack([torch.quantile(returns, q) for q in (0.05, 0.95)])
         model.return_range.lerp_(percentiles, args.return_rate)
         return_scale = (model.return_range[1] - model.return_range[0]).clamp(min=1)
@@ -837,10 +856,9 @@ def actor_critic_loss(model, feat, action, args):
 
     policy = model.actor(feat[:, :-1])
     entropy = policy.entropy()  # (N, H)
-    actor = -weight * (policy.log_prob(action[:, :-1]) * advantage + args.ent_coef * entropy)
-    critic = weight * critic_loss(
-        logits[:, :-1], slow_value[:, :-1], returns, model.bins, args.slow_reg
-    )
+    log_prob = policy.log_prob(action[:, :-1])
+    actor = -weight * (log_prob * advantage + args.ent_coef * entropy)
+    critic = weight * critic_loss(logits[:, :-1], slow_value[:, :-1], returns, model, args)
     assert actor.shape == critic.shape == returns.shape
     metrics = {
         "behaviour/return": returns.mean(),
@@ -852,25 +870,24 @@ def actor_critic_loss(model, feat, action, args):
         "behaviour/return_scale": return_scale,
         "behaviour/advantage": advantage.mean(),
         "behaviour/advantage_std": advantage.std(),
-        "behaviour/policy_entropy": entropy.detach().mean(),
+        "behaviour/policy_entropy": entropy.mean(),
     }
     return {"actor": actor, "critic": critic}, returns, metrics
 
 
 def replay_critic_loss(model, feat, bootstrap, batch, args):
-    """Critic loss on the replayed sequences themselves: (B, T-1). Its gradient reaches the world model. [D19]
+    """Critic loss on the replayed sequences: (B, T-1). Its gradient reaches the world model. [D19]
 
-    feat (B, T, F) with gradient; bootstrap (B, T), the imagined return from each state; rewards and ends are the real
-    ones. A step that ends an episode has no return of its own.
+    feat (B, T, F) with gradient; bootstrap (B, T), the imagined return from each state. Rewards and
+    ends are the real ones. The last step of an episode has no return of its own.
     """
     last = batch["is_last"].to(feat.dtype)
     cont = (1 - batch["is_terminal"].to(feat.dtype)) * args.gamma
-    returns = lambda_return(batch["reward"], bootstrap, cont, last, args.return_lambda)  # (B, T-1)
+    returns = lambda_return(batch["reward"], bootstrap, cont, last, args.return_lambda)
     with torch.no_grad():
         slow_value = twohot_mean(model.slow_critic(feat), model.bins)
-    loss = critic_loss(
-        model.critic(feat)[:, :-1], slow_value[:, :-1], returns, model.bins, args.slow_reg
-    )
+    logits = model.critic(feat)
+    loss = critic_loss(logits[:, :-1], slow_value[:, :-1], returns, model, args)
     return (1 - last[:, :-1]) * loss
 
 
@@ -878,15 +895,15 @@ def replay_critic_loss(model, feat, bootstrap, batch, args):
 
 
 class LaProp:
-    """One optimizer for all networks [D20]. For each tensor, in this order:
+    """One optimizer for all networks [D20]. For each tensor, in this order, n = 1, 2, ...:
 
-        g  <- g * min(1, clip * max(1e-3, |p|) / |g|)               adaptive gradient clipping, L2 norms
+        g  <- g * min(1, clip * max(1e-3, |p|) / |g|)         adaptive gradient clipping, L2 norms
         nu <- beta2 nu + (1 - beta2) g^2;    u = g / (sqrt(nu / (1 - beta2^n)) + eps)
         mu <- beta1 mu + (1 - beta1) u;      p <- p - lr mu / (1 - beta1^n)
 
-    with n = 1, 2, ... the update's number and lr rising linearly from exactly 0 at the first one. Adam would apply the
-    momentum before the normalisation. The optimizer owns the parameters, float32; `params`, which the networks compute
-    with, may be rounded copies of them.
+    lr rises linearly from exactly 0 at the first update. Adam would average g before the division.
+    `params` compute the gradients; `exact`, the same tensors or float32 originals of rounded ones,
+    are updated.
     """
 
     def __init__(self, params, exact, args):
@@ -902,11 +919,10 @@ class LaProp:
         grads = [p.grad.to(x.dtype) for p, x in zip(self.params, self.exact, strict=True)]
         norms = torch.stack(torch._foreach_norm(grads))
         limits = args.agc_clip * torch.stack(torch._foreach_norm(self.exact)).clamp(min=1e-3)
-        torch._foreach_mul_(grads, list((1 / (norms / limits).clamp(min=1)).unbind()))
+        torch._foreach_mul_(grads, list((limits / norms).clamp(max=1).unbind()))
 
-        lr = args.learning_rate * (self.updates / max(1, args.warmup_updates)).clamp(max=1)
-        if args.warmup_updates == 0:
-            lr = torch.full_like(lr, args.learning_rate)
+        warmup = (self.updates / args.warmup_updates).clamp(max=1) if args.warmup_updates else 1
+        lr = args.learning_rate * warmup
         self.updates += 1
         torch._foreach_lerp_(self.nu, torch._foreach_mul(grads, grads), 1 - args.beta2)
         scale = torch._foreach_div(self.nu, 1 - args.beta2**self.updates)
@@ -914,23 +930,22 @@ class LaProp:
         torch._foreach_add_(scale, args.laprop_eps)
         torch._foreach_div_(grads, scale)
         torch._foreach_lerp_(self.mu, grads, 1 - args.beta1)
-        torch._foreach_add_(
-            self.exact, torch._foreach_mul(self.mu, -lr / (1 - args.beta1**self.updates))
-        )
+        step = torch._foreach_mul(self.mu, lr / (1 - args.beta1**self.updates))
+        torch._foreach_sub_(self.exact, step)
         for p in self.params:
             p.grad = None
         clipped = (norms > limits).to(norms.dtype).mean()
+        lr = torch.as_tensor(lr)
         return {"losses/grad_norm": norms.norm(), "losses/grad_clipped": clipped, "charts/lr": lr}
 
     def state_dict(self):
-        """The moments in the order of the parameters, and the number of updates."""
+        """The moments, in the order of the parameters, and the number of updates."""
         return {"nu": self.nu, "mu": self.mu, "updates": self.updates}
 
     def load_state_dict(self, state):
         """Take over a `state_dict`. Raises RuntimeError if shapes differ."""
-        torch._foreach_copy_(
-            [*self.nu, *self.mu, self.updates], [*state["nu"], *state["mu"], state["updates"]]
-        )
+        flat = lambda tree: [*tree["nu"], *tree["mu"], tree["updates"]]
+        torch._foreach_copy_(flat(self.state_dict()), flat(state))
 
 
 # ---- 10. Agent -----------------------------------------------------------------------------------
