@@ -1,4 +1,4 @@
-"""DreamerV3 in one file: a world model learned from replay; an actor and a critic trained inside it.
+"""DreamerV3 in one file: a world model learned from replay, an actor and a critic trained in it.
 
 Paper: Hafner, Pasukonis, Ba, Lillicrap, "Mastering diverse control tasks through world models"
 (Nature 2025). Equations are numbered as in arXiv:2301.04104v2. The numbers are checked against the
@@ -255,14 +255,12 @@ class Categoricals:
         self.classes = classes
         self.log_probs = [mixed_log_probs(x, unimix) for x in logits.split(classes, -1)]
 
-    def sample(self):
-        """(..., A), without gradient."""
-        draws = [(x.detach().exp(), torch.rand_like(x[..., 0])) for x in self.log_probs]
-        return torch.cat([one_hot(sample_class(*x), x[0].shape[-1]) for x in draws], -1)
-
-    def mode(self):
-        """(..., A)."""
-        return torch.cat([one_hot(x.argmax(-1), x.shape[-1]) for x in self.log_probs], -1)
+    def sample(self, greedy=False):
+        """A sample, or the most likely action: (..., A), without gradient."""
+        draw = lambda x: sample_class(x.exp(), torch.rand_like(x[..., 0]))
+        choices = [(x.argmax(-1) if greedy else draw(x.detach())) for x in self.log_probs]
+        pairs = zip(choices, self.classes, strict=True)
+        return torch.cat([one_hot(choice, classes) for choice, classes in pairs], -1)
 
     def log_prob(self, action):
         """(..., A) -> (...)."""
@@ -283,13 +281,10 @@ class BoundedNormals:
     def __init__(self, mean, std):
         self.mean, self.std = torch.tanh(f32(mean)), 0.9 * torch.sigmoid(f32(std) + 2) + 0.1
 
-    def sample(self):
-        """(..., A), without gradient."""
-        return (self.mean + self.std * normal_noise(self.mean)).detach()
-
-    def mode(self):
-        """(..., A)."""
-        return self.mean
+    def sample(self, greedy=False):
+        """A sample, or the mean: (..., A), without gradient."""
+        mean, std = self.mean.detach(), self.std.detach()
+        return mean if greedy else mean + std * normal_noise(mean)
 
     def log_prob(self, action):
         """(..., A) -> (...)."""
@@ -403,21 +398,10 @@ class Dense(nn.Sequential):
         super().__init__(Linear(in_dim, out_dim), RMSNorm(out_dim))
 
 
-def mlp(in_dim, units, layers):
-    """`layers` Dense layers of width `units`."""
-    return nn.Sequential(*[Dense(in_dim if i == 0 else units, units) for i in range(layers)])
-
-
-class Head(nn.Module):
-    """MLP and output layer, (..., F) -> (..., out); `outscale` multiplies its first weights. [D2]"""
-
-    def __init__(self, in_dim, units, layers, out_dim, outscale):
-        super().__init__()
-        self.mlp = mlp(in_dim, units, layers)
-        self.out = Linear(units, out_dim, outscale)
-
-    def forward(self, feat):
-        return f32(self.out(self.mlp(feat)))
+def mlp(in_dim, units, layers, out_dim=None, outscale=1.0):
+    """`layers` Dense layers of width `units`, and a Linear to `out_dim` where one is given. [D2]"""
+    net = [Dense(in_dim if i == 0 else units, units) for i in range(layers)]
+    return nn.Sequential(*net, *([Linear(units, out_dim, outscale)] if out_dim else []))
 
 
 # ---- 5. Encoder and decoder (paper: World model learning) ----------------------------------------
@@ -486,7 +470,7 @@ class Decoder(nn.Module):
             widths = [depth * factor for factor in reversed(CHANNEL_FACTORS)]
             cells = FINAL_SIZE**2 * widths[0]
             self.from_deter = BlockLinear(deter, cells, 8)  # 8 blocks, whatever the GRU has
-            self.from_stoch = nn.Sequential(Dense(stoch, 2 * units), Linear(2 * units, cells))
+            self.from_stoch = mlp(stoch, 2 * units, 1, cells)
             self.norm = RMSNorm(widths[0])
             self.convs = nn.ModuleList(map(UpConv, widths[:-1], widths[1:]))
             self.norms = nn.ModuleList(map(RMSNorm, widths[1:]))
@@ -569,7 +553,7 @@ class RSSM(nn.Module):
         self.hidden_layer = BlockLinear(deter + 3 * hidden * blocks, deter, blocks)
         self.hidden_norm = RMSNorm(deter)
         self.gru = BlockLinear(deter, 3 * deter, blocks)
-        self.prior_net = nn.Sequential(mlp(deter, hidden, 2), Linear(hidden, stoch * classes))
+        self.prior_net = mlp(deter, hidden, 2, stoch * classes)
         self.posterior_in = Dense(deter + embed_dim, hidden)
         self.posterior_out = Linear(hidden, stoch * classes)
 
@@ -740,10 +724,10 @@ class Dreamer(nn.Module):
         sizes = deter, hidden, args.stoch, classes, args.blocks
         self.rssm = RSSM(spaces.action_width, self.encoder.embed_dim, *sizes, args.unimix)
         self.decoder = Decoder(spaces, deter, stoch, depth, units)
-        self.reward = Head(deter + stoch, units, 1, len(bins), outscale=0.0)
-        self.cont = Head(deter + stoch, units, 1, 1, outscale=1.0)
+        self.reward = mlp(deter + stoch, units, 1, len(bins), outscale=0.0)
+        self.cont = mlp(deter + stoch, units, 1, 1)
         self.actor = Actor(deter + stoch, units, spaces, args.actor_unimix)
-        self.critic = Head(deter + stoch, units, 3, len(bins), outscale=0.0)
+        self.critic = mlp(deter + stoch, units, 3, len(bins), outscale=0.0)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
@@ -765,7 +749,7 @@ def world_model_loss(model, batch, args):
     losses = model.decoder.losses(model.decoder(deter, stoch), batch["obs"])
     losses["reward"] = twohot_loss(model.reward(feat), batch["reward"], model.bins)
     cont = (1 - batch["is_terminal"].to(feat.dtype)) * args.gamma
-    cont_logit = model.cont(feat).squeeze(-1)
+    cont_logit = f32(model.cont(feat)).squeeze(-1)
     losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
 
     # L_dyn moves the prior to the posterior, L_rep the posterior to the prior. KL of the mixed
@@ -844,7 +828,7 @@ def actor_critic_loss(model, feat, action, args):
         value = twohot_mean(logits, model.bins)  # the fast critic: target and baseline [D15]
         slow_value = twohot_mean(model.slow_critic(feat), model.bins)
         reward = twohot_mean(model.reward(feat), model.bins)
-        cont = torch.sigmoid(model.cont(feat)).squeeze(-1)
+        cont = torch.sigmoid(f32(model.cont(feat))).squeeze(-1)
         weight = cont.cumprod(1)[:, :-1]  # (N, H); the start's own prediction counts [D16]
         returns = lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
 
@@ -911,6 +895,7 @@ class LaProp:
         self.nu = [torch.zeros_like(p) for p in self.exact]
         self.mu = [torch.zeros_like(p) for p in self.exact]
         self.updates = torch.zeros_like(self.exact[0].sum())
+        self.state = [*self.nu, *self.mu, self.updates]  # what a checkpoint keeps
 
     @torch.no_grad()
     def step(self):
@@ -937,15 +922,6 @@ class LaProp:
         clipped = (norms > limits).to(norms.dtype).mean()
         lr = torch.as_tensor(lr)
         return {"losses/grad_norm": norms.norm(), "losses/grad_clipped": clipped, "charts/lr": lr}
-
-    def state_dict(self):
-        """The moments, in the order of the parameters, and the number of updates."""
-        return {"nu": self.nu, "mu": self.mu, "updates": self.updates}
-
-    def load_state_dict(self, state):
-        """Take over a `state_dict`. Raises RuntimeError if shapes differ."""
-        flat = lambda tree: [*tree["nu"], *tree["mu"], tree["updates"]]
-        torch._foreach_copy_(flat(self.state_dict()), flat(state))
 
 
 # ---- 10. Agent -----------------------------------------------------------------------------------
@@ -992,7 +968,7 @@ class Agent:
         )
         deter, stoch = deter.squeeze(1), stoch.squeeze(1)
         policy = self.model.actor(self.model.rssm.feat(deter, stoch))
-        return deter, stoch, policy.mode() if greedy else policy.sample()
+        return deter, stoch, policy.sample(greedy)
 
     def loss(self, batch):
         """The sum of all losses (scalar), metrics, and the posterior states (B, T, ...).
@@ -1055,13 +1031,14 @@ class Agent:
     def state_dict(self):
         """Everything that learns, as a dict of dicts of tensors (float32)."""
         self.exact.return_range.copy_(self.model.return_range)
-        return {"model": self.exact.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"model": self.exact.state_dict(), "optimizer": self.optimizer.state}
 
+    @torch.no_grad()
     def load_state_dict(self, state):
         """Take over a `state_dict`. Raises UserError if it belongs to other networks."""
         try:
             self.exact.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            torch._foreach_copy_(self.optimizer.state, state["optimizer"])
         except (KeyError, RuntimeError) as error:
             raise UserError("the checkpoint's networks do not fit this environment") from error
         self.model.return_range.copy_(self.exact.return_range)
