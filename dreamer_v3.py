@@ -829,7 +829,7 @@ def actor_critic_loss(model, feat, action, args):
         slow_value = twohot_mean(model.slow_critic(feat), model.bins)
         reward = twohot_mean(model.reward(feat), model.bins)
         cont = torch.sigmoid(f32(model.cont(feat))).squeeze(-1)
-        weight = cont.cumprod(1)[:, :-1]  # (N, H); the start's own prediction counts [D16]
+        weight = cont.cumprod(1)  # the start's own prediction counts [D16]
         returns = lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
 
         # Return range S (Eq. 7), over the whole batch. Small returns are not blown up. [D17]
@@ -841,8 +841,9 @@ def actor_critic_loss(model, feat, action, args):
     policy = model.actor(feat[:, :-1])
     entropy = policy.entropy()  # (N, H)
     log_prob = policy.log_prob(action[:, :-1])
-    actor = -weight * (log_prob * advantage + args.ent_coef * entropy)
-    critic = weight * critic_loss(logits[:, :-1], slow_value[:, :-1], returns, model, args)
+    actor = -weight[:, :-1] * (log_prob * advantage + args.ent_coef * entropy)
+    critic = critic_loss(logits[:, :-1], slow_value[:, :-1], returns, model, args)
+    critic = weight[:, :-1] * critic
     assert actor.shape == critic.shape == returns.shape
     metrics = {
         "behaviour/return": returns.mean(),
@@ -853,7 +854,7 @@ def actor_critic_loss(model, feat, action, args):
         "behaviour/weight": weight.mean(),
         "behaviour/return_scale": return_scale,
         "behaviour/advantage": advantage.mean(),
-        "behaviour/advantage_std": advantage.std(),
+        "behaviour/advantage_std": advantage.std(correction=0),
         "behaviour/policy_entropy": entropy.mean(),
     }
     return {"actor": actor, "critic": critic}, returns, metrics
