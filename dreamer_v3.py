@@ -1379,17 +1379,17 @@ def evaluate(agent, args, episodes, video=None):
     envs = Environments(args, num_envs, seed=args.seed + 10_000, video=video)
     remaining = np.array([len(range(i, episodes, num_envs)) for i in range(num_envs)])
     obs, is_first, carry = envs.reset(), np.ones(num_envs, bool), agent.initial(num_envs)
-    running, returns = np.zeros(num_envs), []
+    running, returns, is_last = np.zeros(num_envs), [], np.zeros(num_envs, bool)
     while remaining.any():
         tensors = to_device(obs | {"is_first": is_first}, agent.device)
         carry = agent.act(tensors, tensors.pop("is_first"), carry, greedy=not args.eval_sample)
         envs.send(carry[-1].cpu().numpy())
         obs, reward, terminated, truncated = envs.receive()
         running += reward
-        is_first = terminated | truncated
-        returns += list(running[is_first & (remaining > 0)])
-        remaining -= is_first & (remaining > 0)
-        running[is_first] = 0
+        is_first, is_last = is_last, terminated | truncated
+        returns += list(running[is_last & (remaining > 0)])
+        remaining -= is_last & (remaining > 0)
+        running[is_last] = 0
     envs.envs.close()
     return np.array(returns)
 
@@ -1458,7 +1458,10 @@ def check_args(args):
     shares = "gamma return_lambda unimix actor_unimix tau return_rate beta1 beta2"
     low = [(name, 1, math.inf) for name in (at_least_1 + " imag_horizon").split()]
     low += [(name, 0, math.inf) for name in at_least_0.split()]
-    low += [(name, 0, 1) for name in shares.split()] + [("buffer_size", needed, math.inf)]
+    low += [(name, 0, 1) for name in shares.split()] + [
+        ("buffer_size", needed, math.inf),
+        ("batch_length", 2, math.inf),
+    ]
     for name, least, most in low:
         if not least <= getattr(args, name) <= most:
             limits = f"at least {least}" if most == math.inf else f"in [{least}, {most}]"
@@ -1544,7 +1547,7 @@ def main(args):
             step += n
             envs.send(action)
 
-            # Train, while the environments step.
+            # Train, while the environments step. [D22]
             if len(replay) >= args.batch_size * args.batch_length:
                 per_step = args.train_ratio / (args.batch_size * args.batch_length)
                 credit = 1.0 if credit is None else credit + n * per_step

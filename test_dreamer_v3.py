@@ -1,21 +1,2124 @@
-# ---- Parity with the authors' code ---------------------------------------------------------------
-# The numbers at the end of this file come from github.com/danijar/dreamerv3 at commit e3f0224, run
-# with JAX 0.4.33 on a CPU, float64 in place of float32. A formula fills in parameters and inputs; a
-# sample is the most likely class, or the mean plus a constant; so nothing is random.
+"""Tests of dreamer_v3.py: parity with the authors, numerics, alignment, wiring, use, learning.
 
+    python -m pytest -q                 # all of it
+    python -m pytest -q -k parity       # one group, by the names below
+
+References are written from the paper with explicit loops in float64. A `check_*` function is called
+twice: by its test, and by group H, which plants a known mistake and requires that the check fails.
+Groups: A numerics, B alignment, C wiring, D spaces, E checkpoints and command line, F learning,
+G documents, H mutations, P parity. On two CPU cores everything takes a few minutes.
+"""
+
+import ast
 import functools
+import itertools
+import json
 import math
+import os
+import pickle
 import re
+import shlex
+import subprocess
+import sys
 import types
 import zlib
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
 
-import dreamer_v3
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from dreamer_v3 import Agent, Args, Dreamer, Spaces
+import torch.nn.functional as F
+import tyro
+from gymnasium import spaces as gs
 
-torch.set_num_threads(1)  # these networks are too small for more; threads would only wait
+import dreamer_v3
+from dreamer_v3 import Agent, Args, Dreamer, Replay, Spaces, UserError
+
+torch.set_num_threads(1)
+# float64 against float64: only the order of the sums differs.
+EXACT = dict(rtol=1e-9, atol=1e-9)
+
+TINY = dict(
+    cuda=False, size="1m", deter=32, hidden=16, units=16, classes=4, depth=2, stoch=3, blocks=4,
+    batch_size=2, batch_length=4, imag_horizon=2, warmup_updates=0, learning_rate=1e-3,
+    eval_every=0, eval_episodes=0, num_envs=1, total_timesteps=40, buffer_size=1000,
+    train_ratio=2.0, seed=1,
+)  # fmt: skip
+MIXED = Spaces(3, (("a", 4, ()), ("b", 5, (2, 3)), ("c", 2, ())), (3,), 3)  # images and vectors
+VECTOR = Spaces(0, (("a", 4, ()), ("b", 5, (2, 3))), (3, 2), 5)  # two discrete actions
+CONTINUOUS = Spaces(0, (("a", 4, ()),), (), 3)
+
+
+def tiny(**changes):
+    """Args of the smallest useful network."""
+    return Args(**(TINY | changes))
+
+
+def in_float64(function):
+    """Run a function with float64 as torch's default type, from one seed."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(0)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return wrapped
+
+
+def randomize(module, scale=0.3):
+    """Make all parameters random: zero biases, unit scales and zero heads would hide mistakes."""
+    for p in module.parameters():
+        p.data.add_(torch.randn_like(p) * scale)
+    return module
+
+
+def make_agent(spaces, **changes):
+    """An agent with random parameters, the slow critic unlike the critic."""
+    agent = Agent(tiny(**changes), spaces)
+    randomize(agent.model)
+    return agent
+
+
+def make_batch(spaces, args, batch=3, length=4):
+    """A random batch as `Agent.loss` takes it."""
+    flags = {
+        name: torch.rand(batch, length) < 0.3 for name in ("is_first", "is_last", "is_terminal")
+    }
+    obs = {"image": torch.randint(0, 256, (batch, length, 64, 64, spaces.channels)).byte()}
+    vector = [make_vector(classes, width, (batch, length)) for _, width, classes in spaces.vectors]
+    obs = (obs if spaces.channels else {}) | {"vector": torch.cat(vector, -1)}
+    stoch = torch.randint(0, args.classes, (batch, args.stoch))
+    return flags | {
+        "obs": obs,
+        "prev_action": make_vector(spaces.action_classes, spaces.action_width, (batch, length)),
+        "reward": torch.randn(batch, length) * 3,
+        "deter": torch.rand(batch, args.deter) * 2 - 1,
+        "stoch": F.one_hot(stoch, args.classes).to(torch.get_default_dtype()),
+    }
+
+
+def make_vector(classes, width, shape):
+    """Random one-hot vectors side by side, or normals up to +-10."""
+    if not classes:
+        return torch.randn(*shape, width) * 4
+    parts = [F.one_hot(torch.randint(0, n, shape), n) for n in classes]
+    return torch.cat(parts, -1).to(torch.get_default_dtype())
+
+
+def close(actual, expected, **tolerance):
+    """Assert that two arrays have the same shape and nearly the same numbers."""
+    actual = actual.detach().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    np.testing.assert_allclose(actual, expected, **(tolerance or EXACT))
+
+
+def to_numpy(x):
+    """A tensor as a float64 array."""
+    return x.detach().double().numpy().copy()
+
+
+# ---- References: the paper in numpy, float64 -----------------------------------------------------
+
+
+def ref_symlog(x):
+    return math.copysign(math.log(1 + abs(x)), x)
+
+
+def ref_symexp(x):
+    return math.copysign(math.exp(abs(x)) - 1, x)
+
+
+def ref_bins():
+    """Eq. 10: 127 negative bins, 0, and their mirror images."""
+    lower = [ref_symexp(-20 + 20 * i / 127) for i in range(127)]
+    return np.array(lower + [0.0] + [-x for x in reversed(lower)])
+
+
+def ref_softmax(logits):
+    e = np.exp(logits - logits.max())
+    return e / e.sum()
+
+
+def ref_mixed(logits, unimix):
+    """Softmax with a share of the uniform distribution, for one variable."""
+    return (1 - unimix) * ref_softmax(logits) + unimix / len(logits)
+
+
+def ref_twohot(y, bins):
+    """Eq. 11: the weights of one target."""
+    weights = np.zeros(len(bins))
+    if y <= bins[0] or y >= bins[-1]:
+        weights[0 if y <= bins[0] else -1] = 1
+        return weights
+    k = max(i for i in range(len(bins)) if bins[i] <= y)
+    weights[k + 1] = (y - bins[k]) / (bins[k + 1] - bins[k])
+    weights[k] = 1 - weights[k + 1]
+    return weights
+
+
+def ref_twohot_loss(logits, y):
+    return -(ref_twohot(y, ref_bins()) * np.log(ref_softmax(logits))).sum()
+
+
+def ref_twohot_mean(logits):
+    return math.fsum(ref_softmax(logits) * ref_bins())
+
+
+def ref_kl(p_logits, q_logits, unimix):
+    """KL of the mixed distributions, summed over the variables (S, K)."""
+    total = 0.0
+    for p_row, q_row in zip(p_logits, q_logits, strict=True):
+        p, q = ref_mixed(p_row, unimix), ref_mixed(q_row, unimix)
+        total += sum(p[k] * math.log(p[k] / q[k]) for k in range(len(p)))
+    return total
+
+
+def ref_norm_silu(x, scale):
+    """RMSNorm over the last axis with eps 1e-4, then SiLU."""
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-4) * scale
+    return y / (1 + np.exp(-y))
+
+
+def ref_linear(layer, x):
+    return x @ to_numpy(layer.weight).T + to_numpy(layer.bias)
+
+
+def ref_dense(block, x):
+    """Linear, RMSNorm, SiLU."""
+    linear, norm = block
+    return ref_norm_silu(ref_linear(linear, x), to_numpy(norm.scale))
+
+
+def ref_mlp(blocks, x):
+    for block in blocks:
+        x = ref_dense(block, x)
+    return x
+
+
+def ref_block_linear(layer, inputs):
+    """Each block's own inputs times its own matrix; list of (n, in/G) -> list of (n, out/G)."""
+    weight, bias = to_numpy(layer.weight), np.split(to_numpy(layer.bias), len(inputs))
+    return [x @ weight[k] + bias[k] for k, x in enumerate(inputs)]
+
+
+def ref_cell(rssm, h, z, a):
+    """One recurrent step, inputs joined block by block: (n, D), (n, SK), (n, A) -> (n, D)."""
+    a = np.array([[x / max(1, abs(x)) for x in row] for row in a])
+    x0, x1, x2 = (
+        ref_dense(rssm.deter_in, h),
+        ref_dense(rssm.stoch_in, z),
+        ref_dense(rssm.action_in, a),
+    )
+    blocks = np.split(h, rssm.blocks, -1)
+    x = ref_block_linear(rssm.hidden_layer, [np.concatenate([b, x0, x1, x2], -1) for b in blocks])
+    x = ref_norm_silu(np.concatenate(x, -1), to_numpy(rssm.hidden_norm.scale))
+    sigmoid = lambda y: 1 / (1 + np.exp(-y))
+    new = []
+    for gates, old in zip(
+        ref_block_linear(rssm.gru, np.split(x, rssm.blocks, -1)), blocks, strict=True
+    ):
+        reset, cand, update = np.split(gates, 3, -1)
+        cand, update = np.tanh(sigmoid(reset) * cand), sigmoid(update - 1)
+        new.append(update * cand + (1 - update) * old)
+    return np.concatenate(new, -1)
+
+
+def ref_prior(rssm, h):
+    """Logits (n, S*K) of the prior."""
+    return ref_linear(rssm.prior_net[-1], ref_mlp(rssm.prior_net[:-1], h))
+
+
+def ref_posterior(rssm, h, tokens):
+    """Logits (n, S*K) of the posterior."""
+    return ref_linear(
+        rssm.posterior_out, ref_dense(rssm.posterior_in, np.concatenate([h, tokens], -1))
+    )
+
+
+def ref_return(reward, value, cont, last, lam, t):
+    """R_t of one trajectory by the recursion of spec section 9 and 10."""
+    if t == len(reward) - 1:
+        return value[t]
+    mix = lam * (1 - last[t + 1])
+    after = ref_return(reward, value, cont, last, lam, t + 1)
+    return reward[t + 1] + cont[t + 1] * ((1 - mix) * value[t + 1] + mix * after)
+
+
+def ref_returns(reward, value, cont, last, lam):
+    """(N, H+1) each -> (N, H)."""
+    rows = zip(reward, value, cont, last, strict=True)
+    return np.array([[ref_return(*row, lam, t) for t in range(len(row[0]) - 1)] for row in rows])
+
+
+def ref_percentile(x, q):
+    """Percentile with linear interpolation between the sorted values."""
+    x = sorted(x.flatten())
+    position = q * (len(x) - 1)
+    low = math.floor(position)
+    return x[low] + (position - low) * (x[min(low + 1, len(x) - 1)] - x[low])
+
+
+def ref_apply(function, *arrays):
+    """Apply a function of vectors (first array) and numbers (other arrays) everywhere."""
+    shape = arrays[-1].shape if len(arrays) > 1 else arrays[0].shape[:-1]
+    return np.array([function(*(x[i] for x in arrays)) for i in np.ndindex(shape)]).reshape(shape)
+
+
+# ---- A. Numerics ---------------------------------------------------------------------------------
+
+
+def check_symlog():
+    """Both transformations and their inverse relation."""
+    x = [-1e6, -7.5, -1.0, -1e-3, 0.0, 1e-3, 1.0, 7.5, 1e6]
+    close(dreamer_v3.symlog(torch.tensor(x)), [ref_symlog(v) for v in x])
+    small = [-20.0, -3.0, -0.1, 0.0, 0.1, 3.0, 20.0]
+    close(dreamer_v3.symexp(torch.tensor(small)), [ref_symexp(v) for v in small])
+    close(dreamer_v3.symlog(dreamer_v3.symexp(torch.tensor(small))), small)
+
+
+def check_twohot_loss():
+    """Targets between bins, on bins, at both ends and beyond them."""
+    bins = dreamer_v3.twohot_bins()
+    close(bins, ref_bins())
+    assert (bins == -bins.flip(0)).all() and bins[127] == 0
+    on_bins = [float(bins[i]) for i in (0, 1, 60, 126, 127, 128, 200, 253, 254)]
+    targets = torch.tensor([0.05, -0.05, 0.5, -1.0, 3.7, -120.0, 4e5, -4e8, 1e10, -1e10, *on_bins])
+    logits = torch.randn(len(targets), 255) * 3
+    loss = dreamer_v3.twohot_loss(logits, targets, bins)
+    expected = [
+        ref_twohot_loss(x, y) for x, y in zip(logits.numpy(), targets.tolist(), strict=True)
+    ]
+    close(loss, expected)
+
+
+def check_twohot_mean():
+    """The prediction, and that a symmetric distribution predicts exactly 0 in float32."""
+    logits, bins = torch.randn(20, 255) * 3, dreamer_v3.twohot_bins()
+    # Bins up to 5e8 cancel: the error is relative to them, not to the sum.
+    close(
+        dreamer_v3.twohot_mean(logits, bins),
+        ref_apply(ref_twohot_mean, logits.numpy()),
+        rtol=1e-9,
+        atol=1e-6,
+    )
+    half = torch.randn(50, 127, dtype=torch.float32) * 3
+    symmetric = torch.cat([half, torch.zeros(50, 1), half.flip(-1)], -1).float()
+    assert (dreamer_v3.twohot_mean(symmetric, bins.float()) == 0).all()
+    assert (dreamer_v3.twohot_mean(torch.zeros(3, 255).float(), bins.float()) == 0).all()
+
+
+def check_unimix():
+    """Log-probabilities with and without the uniform share; extreme logits stay finite."""
+    logits = torch.randn(6, 5) * 4
+    for unimix in (0.0, 0.01, 0.3):
+        expected = [np.log(ref_mixed(x, unimix)) for x in logits.numpy()]
+        close(dreamer_v3.mixed_log_probs(logits, unimix), expected)
+    extreme = dreamer_v3.mixed_log_probs(torch.tensor([[1000.0, 0.0]]), 0.01)
+    close(extreme, [[math.log(0.995), math.log(0.005)]])
+
+
+def stub_world_model(args):
+    """A model whose posterior and prior logits (B, T, S, K) are leaves, and a batch."""
+    model = make_agent(CONTINUOUS, **args).model
+    batch = make_batch(CONTINUOUS, tiny(**args))
+    shape = (3, 4, TINY["stoch"], TINY["classes"])
+    post = (torch.randn(shape) * 1.5).requires_grad_()
+    prior = (torch.randn(shape) * 1.5).requires_grad_()
+    deter, stoch = torch.randn(3, 4, TINY["deter"]), torch.randn(shape)
+    model.rssm.observe = lambda *_: [deter, stoch, post]
+    model.rssm.prior = lambda _: prior
+    return model, post, prior, batch
+
+
+def check_kl():
+    """Both KL losses: value, free nats on the sum over variables, and who gets the gradient."""
+    args = dict(free_nats=2.7, unimix=0.05)
+    model, post, prior, batch = stub_world_model(args)
+    losses = dreamer_v3.world_model_loss(model, batch, tiny(**args))[0]
+    q, p = to_numpy(post), to_numpy(prior)
+    kl = np.array([[ref_kl(q[b, t], p[b, t], 0.05) for t in range(4)] for b in range(3)])
+    assert 3 <= (kl < 2.7).sum() <= 9, "the example must lie on both sides of the free nats"
+    for name, moving, fixed in (("dyn", prior, post), ("rep", post, prior)):
+        close(losses[name], np.maximum(kl, 2.7))
+        grads = torch.autograd.grad(
+            losses[name].sum(), [moving, fixed], allow_unused=True, retain_graph=True
+        )
+        assert grads[1] is None or not grads[1].any(), f"{name} moves the wrong distribution"
+        close(grads[0], finite_differences(q, p, kl > 2.7, name), rtol=1e-4, atol=1e-6)
+
+
+def finite_differences(q, p, active, name, step=1e-5):
+    """Gradient of the clipped KL for one of the logits; the error is of order step^2."""
+    grad = np.zeros_like(q)
+    for i in np.ndindex(q.shape):
+        values = []
+        for sign in (1, -1):
+            moved = (p if name == "dyn" else q).copy()
+            moved[i] += sign * step
+            pair = (q[i[:2]], moved[i[:2]]) if name == "dyn" else (moved[i[:2]], p[i[:2]])
+            values.append(ref_kl(*pair, 0.05))
+        grad[i] = active[i[:2]] * (values[0] - values[1]) / (2 * step)
+    return grad
+
+
+def check_prediction_losses():
+    """Reconstruction, reward and continue losses from the networks' own outputs."""
+    agent = make_agent(MIXED)
+    batch, model = make_batch(MIXED, agent.args), agent.model
+    losses, deter, stoch = dreamer_v3.world_model_loss(model, batch, agent.args)[:3]
+    feat = torch.cat([deter, stoch.flatten(-2)], -1)
+    rewards = ref_apply(ref_twohot_loss, to_numpy(model.reward(feat)), to_numpy(batch["reward"]))
+    close(losses["reward"], rewards)
+    prob = 1 / (1 + np.exp(-to_numpy(model.cont(feat))[..., 0]))
+    target = (1 - to_numpy(batch["is_terminal"])) * (1 - 1 / 333)
+    close(losses["cont"], -(target * np.log(prob) + (1 - target) * np.log(1 - prob)))
+    recon = {k: to_numpy(v) for k, v in model.decoder(deter, stoch).items()}
+    vector = to_numpy(batch["obs"]["vector"])
+    logs = np.vectorize(ref_symlog)(vector)
+    close(losses["a"], ((recon["a"] - logs[..., :4]) ** 2).sum(-1))
+    close(losses["c"], ((recon["c"] - logs[..., 9:]) ** 2).sum(-1))
+    cross = lambda logits, hot: -(np.log(ref_softmax(logits)) * hot).sum()
+    pairs = [(slice(0, 2), slice(4, 6)), (slice(2, 5), slice(6, 9))]
+    discrete = [
+        [sum(cross(recon["b"][b, t, i], vector[b, t, j]) for i, j in pairs) for t in range(4)]
+        for b in range(3)
+    ]
+    close(losses["b"], discrete)
+    image = ((recon["image"] - to_numpy(batch["obs"]["image"]) / 255) ** 2).sum((-3, -2, -1))
+    close(losses["image"], image)
+
+
+def check_straight_through():
+    """A sample is one-hot, has the right frequency, and hands its gradient to the probabilities."""
+    probs, uniform = torch.softmax(torch.randn(4, 3, 5), -1).requires_grad_(), torch.rand(4, 3)
+    weight, sample = torch.randn(4, 3, 5), dreamer_v3.sample_one_hot(probs, uniform)
+    assert np.array_equal(np.sort(to_numpy(sample), -1), np.tile([0, 0, 0, 0, 1], (4, 3, 1)))
+    close(torch.autograd.grad((sample * weight).sum(), probs)[0], weight)
+    p, n = torch.tensor([0.05, 0.15, 0.8]), 20_000
+    drawn = dreamer_v3.sample_one_hot(p.expand(n, 3), torch.rand(n)).mean(0)
+    close(drawn, p.numpy(), rtol=0, atol=5 * math.sqrt(0.25 / n))  # five standard errors
+
+
+def check_policies():
+    """Log-probability, entropy and mode of both kinds of policy."""
+    mean, std, action = torch.randn(6, 3), torch.randn(6, 3), torch.randn(6, 3) * 2
+    policy = dreamer_v3.BoundedNormals(mean, std)
+    m, s = np.tanh(to_numpy(mean)), 0.9 / (1 + np.exp(-(to_numpy(std) + 2))) + 0.1
+    density = np.exp(-0.5 * ((to_numpy(action) - m) / s) ** 2) / (s * math.sqrt(2 * math.pi))
+    close(policy.log_prob(action), np.log(density).sum(-1))
+    close(policy.entropy(), (0.5 * np.log(2 * math.pi * math.e * s**2)).sum(-1))
+    close(policy.sample(greedy=True), m)
+    many = dreamer_v3.BoundedNormals(torch.full((20_000, 1), 1.0), torch.zeros(20_000, 1)).sample()
+    assert not many.requires_grad and (many > 1).float().mean() > 0.2, "samples must not be clipped"
+    close(many.std(), 0.9 / (1 + math.exp(-2)) + 0.1, rtol=0.03)  # six standard errors
+    logits = torch.randn(6, 5) * 2
+    policy = dreamer_v3.Categoricals(logits, (3, 2), 0.1)
+    probs = [[ref_mixed(x[:3], 0.1), ref_mixed(x[3:], 0.1)] for x in to_numpy(logits)]
+    sample = policy.sample()
+    assert sample.view(6, 5)[:, :3].sum() == sample[:, 3:].sum() == 6
+    joint = [
+        math.log(p @ to_numpy(x)[:3]) + math.log(q @ to_numpy(x)[3:])
+        for (p, q), x in zip(probs, sample, strict=True)
+    ]
+    close(policy.log_prob(sample), joint)
+    close(policy.entropy(), [-(p @ np.log(p)) - (q @ np.log(q)) for p, q in probs])
+    close(
+        policy.sample(greedy=True),
+        [np.concatenate([np.eye(3)[p.argmax()], np.eye(2)[q.argmax()]]) for p, q in probs],
+    )
+
+
+def check_block_linear():
+    """Against one dense matrix with the blocks on its diagonal."""
+    layer = randomize(dreamer_v3.BlockLinear(12, 8, 4))
+    dense = np.zeros((12, 8))
+    for k in range(4):
+        dense[3 * k : 3 * k + 3, 2 * k : 2 * k + 2] = to_numpy(layer.weight)[k]
+    x = torch.randn(2, 5, 12)
+    close(layer(x), x.numpy() @ dense + to_numpy(layer.bias))
+
+
+def make_rssm():
+    """A random RSSM: actions of 3, embeddings of 5, 3 variables of 4 classes, 2 blocks."""
+    return randomize(dreamer_v3.RSSM(3, 5, 8, 6, 3, 4, 2, 0.01), 0.5)
+
+
+def check_cell():
+    """One imagined step and the prior; actions beyond 1 are scaled down."""
+    model = make_agent(CONTINUOUS).model
+    rssm, start = model.rssm, make_state(7)
+    feat, action = dreamer_v3.imagine(model, *start, 1)
+    assert (action.abs() > 1).any() and not (feat.requires_grad or action.requires_grad)
+    close(feat[:, 0], np.concatenate([to_numpy(x.flatten(1)) for x in start], -1))
+    expected = ref_cell(rssm, *(to_numpy(x.flatten(1)) for x in start), to_numpy(action[:, 0]))
+    close(feat[:, 1, :32], expected)
+    close(rssm.prior(feat[:, 1, :32]).flatten(1), ref_prior(rssm, expected))
+    close(feat[:, 1, 32:].unflatten(1, (3, 4)).sum(-1), np.ones((7, 3)))
+
+
+def make_state(n):
+    """A random state of the TINY network: deter (n, D), stoch (n, S, K)."""
+    return torch.rand(n, 32) * 2 - 1, F.one_hot(torch.randint(0, 4, (n, 3)), 4).double()
+
+
+def torch_observe(rssm, embed, action, is_first, deter, stoch, samples):
+    """`observe` in plain torch, one product for each matrix; `samples` are the classes drawn."""
+    states = []
+    for t in range(is_first.shape[1]):
+        keep = ~is_first[:, t, None]
+        deter, stoch, a = deter * keep, stoch * keep[..., None], action[:, t] * keep
+        x = (
+            rssm.deter_in(deter),
+            rssm.stoch_in(stoch.flatten(1)),
+            rssm.action_in(a / a.abs().clamp(min=1)),
+        )
+        x = [torch.cat([part, *x], -1) for part in deter.chunk(rssm.blocks, -1)]
+        x = rssm.hidden_norm(rssm.hidden_layer(torch.cat(x, -1)))
+        gates = [part.chunk(3, -1) for part in rssm.gru(x).chunk(rssm.blocks, -1)]
+        reset, cand, update = (torch.cat(x, -1) for x in zip(*gates, strict=True))
+        update, cand = torch.sigmoid(update - 1), torch.tanh(torch.sigmoid(reset) * cand)
+        deter = update * cand + (1 - update) * deter
+        x = rssm.posterior_in(torch.cat([deter, embed[:, t]], -1))
+        logits = rssm.posterior_out(x).view(stoch.shape)
+        probs = (1 - rssm.unimix) * logits.softmax(-1) + rssm.unimix / logits.shape[-1]
+        stoch = samples[:, t] + probs - probs.detach()
+        states.append((deter, stoch, logits))
+    return [torch.stack(x, 1) for x in zip(*states, strict=True)]
+
+
+def check_observe_gradient():
+    """Gradients of parameters and inputs, through time, against automatic differentiation."""
+    rssm, (batch, length) = make_rssm(), (4, 5)
+    embed = torch.randn(batch, length, 5, requires_grad=True)
+    action, is_first = torch.randn(batch, length, 3) * 2, torch.rand(batch, length) < 0.2
+    start = torch.rand(batch, 8, requires_grad=True), torch.rand(batch, 3, 4, requires_grad=True)
+    actual = rssm.observe(embed, action, is_first, *start)
+    expected = torch_observe(rssm, embed, action, is_first, *start, actual[1].detach().round())
+    weights = [torch.randn_like(x) for x in actual]
+    params = [(n, p) for n, p in rssm.named_parameters() if not n.startswith("prior_net")]
+    inputs = [embed, *start, *(p for _, p in params)]
+    grads = [
+        torch.autograd.grad(
+            sum((x * w).sum() for x, w in zip(states, weights, strict=True)), inputs
+        )
+        for states in (actual, expected)
+    ]
+    for g, e in zip(*grads, strict=True):
+        close(g, to_numpy(e), rtol=1e-8, atol=1e-8 * float(e.abs().max()))
+
+
+def check_observe():
+    """State and action are zeroed exactly where an episode starts, before the step."""
+    rssm, (batch, length) = make_rssm(), (4, 5)
+    embed, action = torch.randn(batch, length, 5), torch.randn(batch, length, 3)
+    is_first = torch.tensor(
+        [[0, 0, 1, 0, 0], [1, 0, 0, 0, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
+    ).bool()
+    h, z = torch.rand(batch, 8), F.one_hot(torch.randint(0, 4, (batch, 3)), 4).double()
+    deter, stoch, logits = rssm.observe(embed, action, is_first, h, z)
+    h, z = h.numpy(), z.flatten(1).numpy()
+    for t in range(length):
+        keep = 1 - is_first[:, t, None].double().numpy()
+        h = ref_cell(rssm, h * keep, z * keep, action[:, t].numpy() * keep)
+        close(deter[:, t], h)
+        close(logits[:, t].flatten(1), ref_posterior(rssm, h, embed[:, t].numpy()))
+        z = to_numpy(stoch[:, t].flatten(1))
+        assert np.array_equal(np.sort(z.reshape(batch, 3, 4), -1)[..., -1:], np.ones((batch, 3, 1)))
+
+
+def check_lambda_return():
+    """An end (cont 0) and a cut (last 1) at every step of a trajectory of its own."""
+    steps = 6
+    cont, last = np.full((2 * steps + 2, steps), 0.97), np.zeros((2 * steps + 2, steps))
+    for t in range(steps):
+        cont[t, t] = 0
+        last[t, t] = last[steps + t, t] = 1
+    last[-1] = 1
+    reward, value = np.random.default_rng(0).normal(size=(2, *cont.shape))
+    for lam in (0.0, 0.95, 1.0):
+        got = dreamer_v3.lambda_return(*map(torch.tensor, (reward, value, cont, last)), lam)
+        close(got, ref_returns(reward, value, cont, last, lam))
+
+
+def narrow(model, width):
+    """Let the value heads predict numbers of the order of `width` instead of 1e7."""
+    centre = -((torch.arange(255.0) - 127) ** 2) / (50 * max(1, width))
+    for head in (model.reward, model.critic, model.slow_critic):
+        head[-1].weight.data.mul_(width)
+        head[-1].bias.data.copy_(centre + width * torch.randn(255))
+
+
+def behaviour_reference(model, feat, args, low, high):
+    """Spec section 9 in numpy: weight, value, slow value, returns, return range and advantage."""
+    arrays = [to_numpy(head(feat)) for head in (model.reward, model.critic, model.slow_critic)]
+    reward, value, slow = (ref_apply(ref_twohot_mean, x) for x in arrays)
+    cont = 1 / (1 + np.exp(-to_numpy(model.cont(feat))[..., 0]))
+    weight = np.array([[math.prod(row[: t + 1]) for t in range(len(row) - 1)] for row in cont])
+    returns = ref_returns(reward, value, cont, np.zeros_like(cont), args.return_lambda)
+    low += args.return_rate * (ref_percentile(returns, 0.05) - low)
+    high += args.return_rate * (ref_percentile(returns, 0.95) - high)
+    advantage = (returns - value[:, :-1]) / max(1, high - low)
+    return weight, slow[:, :-1], returns, low, high, advantage
+
+
+def check_actor_critic(spaces=VECTOR):
+    """Losses, returns and return range, below and above its limit of 1, over two calls."""
+    for width, rate, limited in ((0.03, 0.01, True), (5.0, 0.7, False)):
+        agent = make_agent(spaces, return_rate=rate, ent_coef=0.1)
+        model, args, low, high = agent.model, agent.args, 0.0, 0.0
+        narrow(model, width)
+        for _ in range(2):
+            feat = torch.randn(6, 4, TINY["deter"] + TINY["stoch"] * TINY["classes"])
+            action = make_vector(spaces.action_classes, spaces.action_width, (6, 4))
+            losses, returns = dreamer_v3.actor_critic_loss(model, feat, action, args)[:2]
+            weight, slow, expected, low, high, advantage = behaviour_reference(
+                model, feat, args, low, high
+            )
+            assert (high - low < 1) == limited, "the example must lie on its side of the limit"
+            close(returns, expected)
+            close(model.return_range, [low, high])
+            policy = model.actor(feat[:, :-1])
+            log_prob, entropy = (
+                to_numpy(policy.log_prob(action[:, :-1])),
+                to_numpy(policy.entropy()),
+            )
+            close(losses["actor"], -weight * (log_prob * advantage + 0.1 * entropy))
+            logits = to_numpy(model.critic(feat[:, :-1]))
+            critic = [ref_apply(ref_twohot_loss, logits, target) for target in (expected, slow)]
+            close(losses["critic"], weight * (critic[0] + critic[1]))
+
+
+def check_replay_critic():
+    """Spec section 10 with random ends; the bootstrap is the imagined return of the next step."""
+    agent = make_agent(VECTOR)
+    narrow(agent.model, 0.5)
+    batch = make_batch(VECTOR, agent.args, 12, 6)
+    batch["is_last"] |= batch["is_terminal"]
+    assert (batch["is_last"] & ~batch["is_terminal"]).any() and batch["is_terminal"].any()
+    feat = torch.randn(12, 6, TINY["deter"] + TINY["stoch"] * TINY["classes"])
+    bootstrap = torch.randn(12, 6)
+    loss = dreamer_v3.replay_critic_loss(agent.model, feat, bootstrap, batch, agent.args)
+    last, cont = to_numpy(batch["is_last"]), (1 - to_numpy(batch["is_terminal"])) * (1 - 1 / 333)
+    returns = ref_returns(to_numpy(batch["reward"]), bootstrap.numpy(), cont, last, 0.95)
+    logits = to_numpy(agent.model.critic(feat[:, :-1]))
+    slow = ref_apply(ref_twohot_mean, to_numpy(agent.model.slow_critic(feat[:, :-1])))
+    expected = ref_apply(ref_twohot_loss, logits, returns) + ref_apply(
+        ref_twohot_loss, logits, slow
+    )
+    close(loss, (1 - last[:, :-1]) * expected)
+
+
+def ref_laprop(p, grads, args):
+    """Spec section 11 for one tensor: yields it after every update."""
+    nu, mu = np.zeros_like(p), np.zeros_like(p)
+    for t, g in enumerate(grads, start=1):
+        limit = args.agc_clip * max(1e-3, math.sqrt((p**2).sum()))
+        norm = math.sqrt((g**2).sum())
+        g = g * limit / norm if norm > limit else g
+        nu = 0.999 * nu + 0.001 * g**2
+        mu = 0.9 * mu + 0.1 * g / (np.sqrt(nu / (1 - 0.999**t)) + 1e-20)
+        lr = args.learning_rate * min(1, (t - 1) / args.warmup_updates)
+        p = p - lr * mu / (1 - 0.9**t)
+        yield p
+
+
+def check_optimizer():
+    """Twelve updates through a warm-up of 5: clipped, unclipped and from a norm of zero."""
+    args, rng = tiny(learning_rate=0.02, warmup_updates=5), np.random.default_rng(0)
+    starts = [rng.normal(size=(4, 3)), rng.normal(size=7), np.zeros(5)]
+    grads = [
+        rng.normal(size=(12, *x.shape)) * s for x, s in zip(starts, (1.0, 0.01, 1.0), strict=True)
+    ]
+    params = [torch.nn.Parameter(torch.tensor(x)) for x in starts]
+    optimizer = dreamer_v3.LaProp(params, params, args)
+    references = zip(
+        *(ref_laprop(x, g, args) for x, g in zip(starts, grads, strict=True)), strict=True
+    )
+    for t, expected in enumerate(references):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.tensor(g[t])
+        optimizer.step()
+        for p, start, x in zip(params, starts, expected, strict=True):
+            close(p, x)
+            assert t or np.array_equal(to_numpy(p), start), (
+                "the first update must have learning rate 0"
+            )
+
+
+def check_slow_critic():
+    """The slow critic starts as a copy and moves by tau towards the updated critic."""
+    agent = Agent(tiny(), VECTOR)
+    slow = [to_numpy(p) for p in agent.model.slow_critic.parameters()]
+    for p, s in zip(agent.model.critic.parameters(), slow, strict=True):
+        close(p, s)
+    for _ in range(3):
+        agent.update(make_batch(VECTOR, agent.args))
+        critic = [to_numpy(p) for p in agent.model.critic.parameters()]
+        slow = [s + 0.02 * (c - s) for s, c in zip(slow, critic, strict=True)]
+        for p, s in zip(agent.model.slow_critic.parameters(), slow, strict=True):
+            close(p, s)
+
+
+def expected_std(name, module):
+    """Initial standard deviation of a layer's weight by spec sections 2 and 6."""
+    if name.split(".")[0] in ("reward", "critic", "slow_critic") and len(module.weight) == 255:
+        return 0.0
+    shape = module.weight.shape
+    if isinstance(module, dreamer_v3.BlockLinear):
+        return (shape[0] * shape[1]) ** -0.5
+    fan_in = 25 * shape[1] if isinstance(module, dreamer_v3.Conv) else shape[1]
+    return fan_in**-0.5 * (0.01 if name.startswith("actor.out") else 1)
+
+
+def check_initialisation():
+    """Spread and cut of every weight, zero biases, unit scales, heads that start at zero."""
+    seen, layers = Counter(), (dreamer_v3.Linear, dreamer_v3.Conv, dreamer_v3.BlockLinear)
+    for spaces in (MIXED, CONTINUOUS):
+        for name, module in dreamer_v3.Dreamer(Args(size="1m"), spaces).named_modules():
+            if isinstance(module, dreamer_v3.RMSNorm):
+                assert (module.scale == 1).all()
+            if not isinstance(module, layers):
+                continue
+            std, weight = expected_std(name, module), module.weight
+            seen["zero" if std == 0 else "small" if "actor.out" in name else type(module)] += 1
+            assert not module.bias.any(), name
+            # Five standard errors of a standard deviation estimated from all weights of the layer.
+            error = 5 * std / math.sqrt(2 * weight.numel())
+            assert abs(weight.std(correction=0) - std) <= error, name
+            # Cut at two deviations of the normal; large layers come near the cut.
+            assert weight.abs().max() <= 2 * 1.1369 * std, name
+            assert weight.numel() < 2000 or weight.abs().max() >= 1.9 * 1.1368 * std, name
+    assert min(seen[kind] for kind in layers) > 2 and seen["zero"] == 6 and seen["small"] == 3
+
+
+def ref_conv(layer, x):
+    """5x5 convolution, same size, of (n, h, w, c) by F.conv2d."""
+    return F.conv2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias, padding=2).permute(0, 2, 3, 1)
+
+
+def torch_norm_silu(x, norm):
+    """`ref_norm_silu` with gradient."""
+    return F.silu(x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-4) * norm.scale)
+
+
+def ref_pool(x):
+    """2x2 maximum of (n, h, w, c); the gradient is shared evenly by the entries that attain it."""
+    corners = torch.stack([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+    best = (corners == corners.max(0).values).to(x.dtype)
+    return (corners * best / best.sum(0)).sum(0)
+
+
+def check_encoder():
+    """Values, and the gradient through the pooling where maxima tie, in flat regions."""
+    model, batch = make_agent(MIXED).model, make_batch(MIXED, tiny(), 2, 3)
+    image, seen, expected = batch["obs"]["image"], [], []
+    image[:, :, :40] = 77
+    hooks = [
+        conv.register_forward_hook(lambda *x: seen.append(x[2])) for conv in model.encoder.convs
+    ]
+    embed = model.encoder(batch["obs"])
+    for hook in hooks:
+        hook.remove()
+    vector = np.vectorize(ref_symlog)(to_numpy(batch["obs"]["vector"]))
+    vector[..., 4:9] = to_numpy(batch["obs"]["vector"])[..., 4:9]
+    x = image.flatten(0, 1).double() / 255 - 0.5
+    for conv, norm in zip(model.encoder.convs, model.encoder.norms, strict=True):
+        expected.append(ref_conv(conv, x))
+        x = torch_norm_silu(ref_pool(expected[-1]), norm)
+    x = x.flatten(1).unflatten(0, (2, 3))
+    close(embed, np.concatenate([ref_mlp(model.encoder.mlp, vector), to_numpy(x)], -1))
+    weight = torch.randn_like(x)
+    actual = torch.autograd.grad((embed[..., -x.shape[-1] :] * weight).sum(), seen[:4])
+    for g, e in zip(actual, torch.autograd.grad((x * weight).sum(), expected), strict=True):
+        close(g, to_numpy(e), rtol=1e-8, atol=1e-8 * float(e.abs().max()))
+
+
+def check_decoder():
+    """Both parts; the first layer of images gives (g h w c), read as h w (g c)."""
+    decoder = make_agent(MIXED).model.decoder
+    deter, stoch = torch.randn(2, 3, 32), torch.randn(2, 3, 3, 4)
+    recon, z = decoder(deter, stoch), stoch.flatten(-2)
+    hidden = ref_mlp(decoder.mlp, np.concatenate([z.numpy(), deter.numpy()], -1))
+    for (name, _, _), out in zip(MIXED.vectors, decoder.outs, strict=True):
+        close(recon[name], ref_linear(out, hidden))
+    cells = ref_block_linear(decoder.from_deter, np.split(deter.flatten(0, 1).numpy(), 8, -1))
+    x = np.zeros((6, 4, 4, 8))
+    for n, i, j, c in np.ndindex(x.shape):
+        x[n, i, j, c] = cells[c][n, 4 * i + j]  # depth 2: one channel for each of the eight blocks
+    first, last = decoder.from_stoch
+    x = x + ref_linear(last, ref_dense(first, z.flatten(0, 1).numpy())).reshape(x.shape)
+    x = torch.tensor(ref_norm_silu(x, to_numpy(decoder.norm.scale)))
+    double = lambda y: y[:, torch.arange(2 * y.shape[1]) // 2][
+        :, :, torch.arange(2 * y.shape[2]) // 2
+    ]
+    for conv, norm in zip(decoder.convs, decoder.norms, strict=True):
+        x = torch_norm_silu(ref_conv(conv, double(x)), norm)
+    x = 1 / (1 + torch.exp(-ref_conv(decoder.image_out, double(x))))
+    close(recon["image"], to_numpy(x).reshape(2, 3, 64, 64, 3))
+
+
+def check_decoder_many_channels():
+    """The channel order once more, with several channels in a block."""
+    decoder = randomize(dreamer_v3.Decoder(Spaces(1, (), (2,), 2), 16, 6, 4, 8))
+    seen = []
+    decoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for p in decoder.from_stoch.parameters():
+        p.data.zero_()
+    deter = torch.randn(1, 1, 16)
+    decoder(deter, torch.zeros(1, 1, 2, 3))
+    flat = np.concatenate(
+        ref_block_linear(decoder.from_deter, np.split(deter[0].numpy(), 8, -1)), -1
+    )[0]
+    for g, h, w, c in np.ndindex(8, 4, 4, 2):
+        close(seen[0][0, h, w, 2 * g + c], flat[((g * 4 + h) * 4 + w) * 2 + c])
+
+
+NUMERICS = [
+    check_symlog, check_twohot_loss, check_twohot_mean, check_unimix, check_kl,
+    check_prediction_losses, check_straight_through, check_policies, check_block_linear, check_cell,
+    check_observe, check_observe_gradient, check_lambda_return, check_actor_critic,
+    check_replay_critic, check_optimizer, check_slow_critic, check_initialisation, check_encoder,
+    check_decoder,
+    check_decoder_many_channels,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", NUMERICS, ids=lambda check: check.__name__[6:])
+def test_numerics(check):
+    """Group A: every formula against its reference, in float64."""
+    in_float64(check)()
+
+
+def test_actor_critic_continuous():
+    """The same losses with a continuous policy."""
+    in_float64(check_actor_critic)(CONTINUOUS)
+
+
+# ---- B. Alignment --------------------------------------------------------------------------------
+
+
+class Counting(gym.Env):
+    """Shows (stream, episode, t, last action), from which everything else follows."""
+
+    observation_space = gs.Box(-np.inf, np.inf, (4,), np.float32)
+    action_space = gs.Discrete(3)
+    episode = -1
+
+    def observe(self, action):
+        return np.array([self.stream, self.episode, self.t, action], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.stream = seed
+        self.episode, self.t = self.episode + 1, 0
+        return self.observe(-1), {}
+
+    def step(self, action):
+        self.t += 1
+        end = self.t == episode_end(self.stream, self.episode)
+        terminal = episode_terminates(self.stream, self.episode)
+        return (
+            self.observe(action),
+            counting_reward(self.episode, self.t),
+            end and terminal,
+            end and not terminal,
+            {},
+        )
+
+
+def episode_end(stream, episode):
+    """Number of the last step: 1 to 6."""
+    return 1 + (3 * stream + 2 * episode) % 6
+
+
+def episode_terminates(stream, episode):
+    """Whether an episode ends by itself or is cut off."""
+    return (stream + episode) % 2 == 0
+
+
+def counting_reward(episode, t):
+    """The reward of arriving at step t; 0 only at a reset."""
+    return 0.0 if t == 0 else t + 0.125 * episode
+
+
+gym.register("TestCounting-v0", entry_point=Counting)
+
+
+def check_row(obs, action, reward, is_first, is_last, is_terminal):
+    """One entry of the replay against dreamer_v3's table. Returns what must follow."""
+    stream, episode, t, last_action = (int(x) for x in obs)
+    end = t == episode_end(stream, episode)
+    assert is_first == (t == 0) and is_last == end
+    assert is_terminal == (end and episode_terminates(stream, episode))
+    assert reward == counting_reward(episode, t)
+    assert (last_action == -1) == (t == 0)
+    if end:
+        assert not action.any(), "nothing is chosen at an episode's last step"
+        return stream, episode + 1, 0, -1
+    assert sorted(action) == [0, 0, 1]
+    return stream, episode, t + 1, int(action.argmax())
+
+
+def check_batch(batch):
+    """Every sequence of a batch, step by step."""
+    names = ("vector", "action", "reward", "is_first", "is_last", "is_terminal")
+    for sequence in zip(*(np.asarray(batch[name]) for name in names), strict=True):
+        expected = None
+        for obs, *rest in zip(*sequence, strict=True):
+            assert expected is None or tuple(obs) == expected, "the sequence has a gap"
+            expected = check_row(obs, *rest)
+
+
+class Spy:
+    """Watches a run of `main`: checks every batch and every stored latent state, and counts."""
+
+    def __init__(self, patch):
+        self.latents, self.adds, self.updates, self.starts, self.batches = {}, 0, Counter(), [], []
+        self.wrap(patch, Agent, "act", self.act)
+        self.wrap(patch, Agent, "train_step", self.train_step)
+        self.wrap(patch, Agent, "loss", self.loss)
+        self.wrap(patch, Replay, "add", self.add)
+
+    def wrap(self, patch, owner, name, spy):
+        original = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **kwargs: spy(original, *args, **kwargs))
+
+    def remember(self, obs, deter, stoch):
+        """The state last computed for a step, under the step's observation."""
+        for key, h, z in zip(obs.tolist(), deter, stoch, strict=True):
+            self.latents[tuple(key)] = np.asarray(h, np.float64), np.asarray(z)
+
+    def act(self, original, agent, obs, *args, **kwargs):
+        carry = original(agent, obs, *args, **kwargs)
+        self.remember(obs["vector"], carry[0].numpy(), carry[1].argmax(-1).numpy())
+        return carry
+
+    def add(self, original, *args):
+        self.adds += 1
+        return original(*args)
+
+    def train_step(self, original, agent, batch):
+        check_batch(batch)
+        self.updates[self.adds] += 1
+        self.batches.append(batch["vector"].clone())
+        obs = batch["vector"][:, 0].tolist()
+        for key, h, z in zip(obs, batch["deter"][:, 0], batch["stoch"][:, 0], strict=True):
+            # Stored as float16, and numbers below 1: half a unit in the last place is 2.5e-4.
+            close(h.double(), self.latents[tuple(key)][0], rtol=0, atol=1e-3)
+            assert np.array_equal(z, self.latents[tuple(key)][1])
+        metrics, deter, stoch = original(agent, batch)
+        for row in range(len(deter)):
+            self.remember(batch["vector"][row, 1:], deter[row].numpy(), stoch[row].numpy())
+        return metrics, deter, stoch
+
+    def loss(self, original, agent, batch):
+        shown = batch["obs"]["vector"][..., 3]
+        came = torch.where(batch["is_first"], -1, batch["prev_action"].argmax(-1))
+        assert torch.equal(shown.long(), came), "prev_action is not the action before"
+        return original(agent, batch)
+
+
+def run_counting(tmp_path, **changes):
+    """A run of `main` in the counting environment under a `Spy`."""
+    settings = dict(env_id="TestCounting-v0", run_dir=str(tmp_path), num_envs=3, buffer_size=36)
+    with pytest.MonkeyPatch.context() as patch:
+        spy = Spy(patch)
+        spy.args = tiny(**(settings | dict(total_timesteps=200, train_ratio=1.5) | changes))
+        dreamer_v3.main(spy.args)
+    return spy
+
+
+def check_alignment(tmp_path):
+    """The whole table, over autoresets, 5 turns of the ring and 3 unlike environments."""
+    spy = run_counting(tmp_path)
+    seen = torch.cat(spy.batches).flatten(0, 1)
+    ends = {tuple(x) for x in seen[:, :3].long().tolist() if x[2] == episode_end(*x[:2])}
+    assert {s for s, _, _ in ends} == {1, 2, 3} and len(ends) > 15
+    assert {episode_terminates(s, e) for s, e, _ in ends} == {True, False}
+    assert {1, 6} <= {t for _, _, t in ends}
+
+
+def expected_schedule(args, adds):
+    """Updates after each add: one when B*T starts are there, then in proportion to steps."""
+    length = -(-min(args.buffer_size, args.total_timesteps + args.num_envs) // args.num_envs)
+    credit, result = None, Counter()
+    for add in range(1, adds + 1):
+        starts = args.num_envs * max(0, min(add, length) - args.batch_length)
+        if starts < args.batch_size * args.batch_length:
+            continue
+        per_step = args.train_ratio / (args.batch_size * args.batch_length)
+        credit = 1 if credit is None else credit + per_step * args.num_envs
+        result[add], credit = int(credit), credit % 1
+    return +result
+
+
+def check_schedule(tmp_path):
+    """Updates come when they should: fewer than one for a step, and several."""
+    for ratio, total in ((1.25, 120), (14.0, 60)):
+        spy = run_counting(tmp_path / str(ratio), train_ratio=ratio, total_timesteps=total)
+        assert spy.adds == total // 3
+        assert spy.updates == expected_schedule(spy.args, spy.adds)
+        steps_trained = total - 3 * min(spy.updates)
+        assert abs(sum(spy.updates.values()) - 1 - steps_trained * ratio / 8) < 1
+
+
+def fill(replay, steps, first=lambda i: i == 0):
+    """Append steps whose reward is their number and whose vector is their stream."""
+    n = replay.num_envs
+    for i in range(replay.steps, replay.steps + steps):
+        flags = dict(
+            is_first=np.full(n, first(i)), is_last=np.zeros(n, bool), is_terminal=np.zeros(n, bool)
+        )
+        vector, reward = np.arange(n, dtype=np.float32)[:, None], np.full(n, i, np.float32)
+        latent = dict(deter=np.zeros((n, 8), np.float16), stoch=np.zeros((n, 2), np.uint8))
+        replay.add(
+            flags | latent | dict(vector=vector, reward=reward, action=np.zeros((n, 2), np.float32))
+        )
+    return replay
+
+
+def make_replay(length, envs):
+    """A replay for batches of 4 sequences of 3 + 1 steps."""
+    rssm = SimpleNamespace(deter_dim=8, stoch_shape=(2, 4))
+    return Replay(
+        length, envs, Spaces(0, (("x", 1, ()),), (2,), 2), rssm, tiny(batch_size=4, batch_length=3)
+    )
+
+
+def draw(replay):
+    """A batch as (stream, first step); every sequence must be consecutive and in the ring."""
+    batch = replay.sample()[0]
+    for row in batch["reward"]:
+        assert np.array_equal(row, row[0] + np.arange(4)), "the sequence crosses the write pointer"
+        assert replay.steps - replay.length <= row[0] and row[-1] < replay.steps
+    assert (batch["vector"] == batch["vector"][:, :1]).all(), "the sequence changes its stream"
+    return [
+        (int(v), int(r))
+        for v, r in zip(batch["vector"][:, 0, 0], batch["reward"][:, 0], strict=True)
+    ]
+
+
+def check_online_queue():
+    """Every window exactly once, before uniform draws; overwritten ones are dropped."""
+    replay = fill(make_replay(100, 2), 13)
+    drawn = draw(replay) + draw(replay)
+    assert sorted(drawn[:6]) == sorted(itertools.product(range(2), (0, 4, 8)))
+    fill(replay, 3)
+    assert sorted(draw(replay)[:2]) == [(0, 12), (1, 12)]
+    replay = fill(make_replay(9, 2), 20)
+    assert sorted(draw(replay)[:4]) == sorted(itertools.product(range(2), (12, 16)))
+
+
+def check_uniform():
+    """All start positions that the ring holds are equally likely, and no others are drawn."""
+    replay = fill(make_replay(11, 2), 30)
+    draw(replay), draw(replay)
+    counts = Counter(start for _ in range(2000) for start in draw(replay))
+    assert set(counts) == set(itertools.product(range(2), range(19, 27)))
+    assert len(replay) == 16
+    mean = 8000 / 16
+    chi_square = sum((c - mean) ** 2 / mean for c in counts.values())
+    assert chi_square < 15 + 5 * math.sqrt(30)  # mean of the statistic plus five deviations
+
+
+def check_forced_last():
+    """A step before an is_first counts as the last of its episode."""
+    replay = fill(make_replay(40, 2), 30, first=lambda i: i % 7 == 0)
+    for _ in range(20):
+        batch = replay.sample()[0]
+        number = batch["reward"].astype(int)
+        expected = number % 7 == 6
+        expected[:, -1] = False
+        assert np.array_equal(batch["is_last"], expected) and not batch["is_terminal"].any()
+
+
+def check_act_equals_observe():
+    """Acting step by step gives the states of filtering the sequence; argmax for samples."""
+    agent, steps = make_agent(MIXED), 5
+    obs = make_batch(MIXED, agent.args, 2, steps)["obs"]
+    is_first = torch.tensor([[1, 0, 0, 1, 0], [1, 0, 1, 0, 0]]).bool()
+    with pytest.MonkeyPatch.context() as patch:
+        hot = lambda probs: F.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype)
+        patch.setattr(dreamer_v3, "sample_one_hot", lambda probs, noise: hot(probs))
+        carry, carries = agent.initial(2), []
+        for t in range(steps):
+            carry = agent.act({k: x[:, t] for k, x in obs.items()}, is_first[:, t], carry)
+            carries.append(carry)
+        deter, stoch, action = (torch.stack(x, 1) for x in zip(*carries, strict=True))
+        shifted = torch.cat([torch.full_like(action[:, :1], 9.0), action[:, :-1]], 1)
+        start = [torch.ones_like(x) for x in agent.model.rssm.initial(2)]
+        states = agent.model.rssm.observe(agent.model.encoder(obs), shifted, is_first, *start)
+    close(deter, to_numpy(states[0]))
+    close(stoch, to_numpy(states[1]))
+    assert (deter[:, 1:] - deter[:, :-1]).abs().amax(-1).min() > 1e-3, "the states must differ"
+
+
+def check_evaluation(tmp_path):
+    """An evaluation resets the state at first observations only, and counts whole episodes."""
+    args = tiny(env_id="TestCounting-v0", run_dir=str(tmp_path))
+    agent = Agent(args, Spaces(0, (("observation", 4, ()),), (3,), 3))
+    act, modes = agent.act, []
+
+    def spy(obs, is_first, carry, greedy=False):
+        assert torch.equal(is_first, obs["vector"][:, 2] == 0), "reset at another step"
+        carry = act(obs, is_first, carry, greedy)
+        modes.append(greedy)
+        return carry
+
+    agent.act = spy
+    returns = dreamer_v3.evaluate(agent, args, 11)
+    expected = []
+    for i in range(8):  # environments; the first three play two episodes
+        stream = args.seed + 10_000 + i
+        for episode in range(2 if i < 3 else 1):
+            steps = range(1, episode_end(stream, episode) + 1)
+            expected.append(sum(counting_reward(episode, t) for t in steps))
+    assert sorted(returns) == sorted(expected) and all(modes)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_alignment, check_evaluation, check_schedule],
+    ids=lambda check: check.__name__[6:],
+)
+def test_run(check, tmp_path):
+    """Group B, on whole runs of `main`."""
+    check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_online_queue, check_uniform, check_forced_last],
+    ids=lambda check: check.__name__[6:],
+)
+def test_replay(check):
+    """Group B, on the replay alone."""
+    check()
+
+
+def test_act_equals_observe():
+    """Group B: one filter, used in two ways."""
+    in_float64(check_act_equals_observe)()
+
+
+def test_greedy_actions_are_modes():
+    """`act` with greedy takes the most likely action, and otherwise samples."""
+    agent = make_agent(CONTINUOUS)
+    obs, first = {"vector": torch.zeros(500, 4)}, torch.ones(500, dtype=torch.bool)
+    deter, stoch, action = agent.act(obs, first, agent.initial(500), greedy=True)
+    mode = agent.model.actor(torch.cat([deter, stoch.flatten(-2)], -1)).sample(greedy=True)
+    close(action, to_numpy(mode), rtol=0, atol=1e-6)
+    sampled = agent.act(obs, first, agent.initial(500))[2]
+    assert sampled.std(0).min() > 0.1  # the smallest deviation a policy can have
+
+
+# ---- C. Wiring -----------------------------------------------------------------------------------
+
+PARTS = {
+    "encoder": ["encoder"],
+    "dynamics": [
+        "rssm." + x
+        for x in ("deter_in", "stoch_in", "action_in", "hidden_layer", "hidden_norm", "gru")
+    ],
+    "prior": ["rssm.prior_net"],
+    "posterior": ["rssm.posterior_in", "rssm.posterior_out"],
+    "decoder": ["decoder"],
+    **{name: [name] for name in ("reward", "cont", "actor", "critic", "slow_critic")},
+}
+INFER = ["encoder", "dynamics", "posterior"]  # what a gradient into the features reaches
+REACHES = {
+    **{name: [*INFER, "decoder"] for name in ("image", "a", "b", "c")},
+    "reward": [*INFER, "reward"],
+    "cont": [*INFER, "cont"],
+    "dyn": [*INFER, "prior"],  # the posterior through the samples of the steps before
+    "rep": INFER,
+    "repval": [*INFER, "critic"],
+    "actor": ["actor"],
+    "critic": ["critic"],
+}
+ONE_STEP = (
+    "image",
+    "a",
+    "b",
+    "c",
+    "reward",
+    "cont",
+    "rep",
+)  # the world model's, alike with a single step
+REACHES_ONE_STEP = {name: REACHES[name] for name in ONE_STEP} | {"dyn": ["dynamics", "prior"]}
+
+
+def collect_losses(agent, batch):
+    """All losses that `Agent.loss` computes, unreduced, by name."""
+    losses = {}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spy(name, keep):
+            original = getattr(dreamer_v3, name)
+
+            def wrapped(*args):
+                result = original(*args)
+                losses.update(keep(result))
+                return result
+
+            patch.setattr(dreamer_v3, name, wrapped)
+
+        spy("world_model_loss", lambda result: dict(result[0]))
+        spy("actor_critic_loss", lambda result: dict(result[0]))
+        spy("replay_critic_loss", lambda result: {"repval": result})
+        agent.loss(batch)
+    return losses
+
+
+def check_wiring(length=4):
+    """Which loss moves which networks: most of their tensors, or none."""
+    torch.manual_seed(0)
+    agent = make_agent(MIXED, free_nats=0.0)
+    names, params = zip(*agent.model.named_parameters(), strict=True)
+    batch = make_batch(MIXED, agent.args, 3, length)
+    batch["is_first"][:] = batch["is_last"][:] = batch["is_terminal"][:] = False
+    table = REACHES if length > 1 else REACHES_ONE_STEP
+    losses = (
+        collect_losses(agent, batch)
+        if length > 1
+        else dreamer_v3.world_model_loss(agent.model, batch, agent.args)[0]
+    )
+    assert set(losses) == set(table)
+    for loss, reached in table.items():
+        grads = differentiate(losses[loss], params)
+        for part, prefixes in PARTS.items():
+            inside = [
+                g
+                for n, g in zip(names, grads, strict=True)
+                if n.startswith(tuple(x + "." for x in prefixes))
+            ]
+            assert inside, f"no parameters in {part}"
+            moved = [g is not None and bool(g.any()) for g in inside]
+            # A decoder loss moves only its own key's output layer.
+            assert any(moved) == (part in reached), f"{loss} reaches {part}: {any(moved)}"
+            if part == loss or part in INFER and part in reached and loss != "dyn" and length > 1:
+                assert sum(moved) >= 0.6 * len(moved), f"{loss} reaches only a part of {part}"
+
+
+def differentiate(loss, params):
+    """Gradient of a loss for all parameters that want one; None for others."""
+    grads = iter(
+        torch.autograd.grad(
+            loss.sum(), [p for p in params if p.requires_grad], allow_unused=True, retain_graph=True
+        )
+    )
+    return [next(grads) if p.requires_grad else None for p in params]
+
+
+@in_float64
+def check_total():
+    """The total is the weighted sum of the means; the actor's weight is 1."""
+    weights = dict(beta_pred=0.7, beta_dyn=0.6, beta_rep=0.5, beta_val=0.4, beta_repval=0.3)
+    agent = make_agent(MIXED, **weights)
+    batch = make_batch(MIXED, agent.args)
+    own = {"dyn": 0.6, "rep": 0.5, "actor": 1.0, "critic": 0.4, "repval": 0.3}
+    original, kept = agent.loss, []
+    agent.loss = lambda b: kept.append(original(b))
+    losses = collect_losses(agent, batch)
+    expected = sum(own.get(name, 0.7) * to_numpy(x).mean() for name, x in losses.items())
+    close(kept[0][0], expected)
+
+
+def test_wiring():
+    """Group C: sequences of several steps."""
+    check_wiring()
+
+
+def test_wiring_of_one_step():
+    """Group C: without a step before, the dynamics loss does not reach the posterior at all."""
+    check_wiring(1)
+
+
+def test_total_loss():
+    """Group C: every loss counts once, with its own weight."""
+    check_total()
+
+
+def test_every_argument_is_read():
+    """Group C: a field of Args that nothing reads is a broken promise."""
+    tree = ast.parse(Path(dreamer_v3.__file__).read_text())
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    sizes = set(dreamer_v3.SIZES["1m"])  # read together by getattr
+    assert {field.name for field in fields(Args)} <= read | sizes
+
+
+def run_metrics(tmp_path, seed):
+    """The metrics of a short run without times."""
+    args = tiny(
+        env_id="TestCounting-v0",
+        run_dir=str(tmp_path),
+        seed=seed,
+        num_envs=2,
+        log_every=10,
+        eval_episodes=2,
+    )
+    dreamer_v3.main(args)
+    (path,) = tmp_path.glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) > 5 and any("losses/total" in line for line in lines)
+    return [{k: v for k, v in line.items() if k not in ("time", "charts/SPS")} for line in lines]
+
+
+def test_equal_seeds_give_equal_runs(tmp_path):
+    """Group C: bitwise on the CPU; another seed gives another run."""
+    first, second, other = (
+        run_metrics(tmp_path / str(i), seed) for i, seed in enumerate((1, 1, 2))
+    )
+    assert first == second != other
+
+
+# ---- D. Spaces -----------------------------------------------------------------------------------
+
+
+def box(low, high, shape, dtype=np.float32):
+    """A Box of equal bounds."""
+    return gs.Box(low, high, shape, dtype)
+
+
+NESTED = gs.Dict(
+    {
+        "x": gs.Tuple([box(-1, 1, (2,)), gs.Dict({"y": gs.Discrete(4, start=2)})]),
+        "i": box(0, 255, (8, 8, 3), np.uint8),
+    }
+)
+SENSORS = gs.Dict(
+    {
+        "image": box(0, 255, (20, 30, 3), np.uint8),
+        "grey": box(0, 255, (64, 64), np.uint8),
+        "vector": box(-5, 5, (3, 2)),
+        "choice": gs.Discrete(3, start=-1),
+        "many": gs.MultiDiscrete([2, 4]),
+        "bits": gs.MultiBinary(3),
+    }
+)
+PAIR = gs.Discrete(2)
+WIDE = gs.Box(np.array([-0.3, 0.1, -7.0], np.float32), np.array([0.7, 0.2, 1000.0], np.float32))
+CASES = {
+    "vector": (box(-np.inf, np.inf, (4,)), PAIR),
+    "float64": (box(-1, 1, (2, 2), np.float64), PAIR),
+    "scalar": (box(-1, 1, ()), PAIR),
+    "bytes": (box(0, 255, (5,), np.uint8), PAIR),
+    "grey": (box(0, 255, (32, 48), np.uint8), PAIR),
+    "grey_last": (box(0, 255, (64, 64, 1), np.uint8), PAIR),
+    "channels_first": (box(0, 255, (3, 40, 40), np.uint8), PAIR),
+    "stacked": (box(0, 255, (4, 30, 30, 3), np.uint8), PAIR),
+    "big": (box(0, 255, (210, 160, 3), np.uint8), PAIR),
+    "sensors": (SENSORS, PAIR),
+    "nested": (NESTED, PAIR),
+    "discrete": (gs.Discrete(5, start=3), gs.Discrete(4, start=7)),
+    "multi_discrete": (box(-1, 1, (2,)), gs.MultiDiscrete([2, 3, 4])),
+    "multi_discrete_start": (
+        gs.MultiDiscrete([3, 2], start=[5, -1]),
+        gs.MultiDiscrete([[2, 3], [4, 2]], start=[[1, 2], [3, 4]]),
+    ),
+    "multi_binary": (box(-1, 1, (2,)), gs.MultiBinary(4)),
+    "box": (box(-1, 1, (2,)), WIDE),
+    "box_matrix": (box(-1, 1, (2,)), box(-2, 3, (2, 2))),
+    "box_unbounded": (box(-1, 1, (2,)), box(-np.inf, np.inf, (2,))),
+    "box_half_bounded": (
+        box(-1, 1, (2,)),
+        gs.Box(np.array([0, -np.inf], np.float32), np.array([np.inf, -0.5], np.float32)),
+    ),
+    "box_integer": (box(-1, 1, (2,)), box(-3, 9, (2,), np.int64)),
+    "text": (gs.Text(5), PAIR),
+    "graph": (gs.Graph(box(-1, 1, (2,)), None), PAIR),
+    "sequence": (gs.Sequence(box(-1, 1, (2,))), PAIR),
+    "sequence_inside": (
+        gs.Dict({"v": box(-1, 1, (2,)), "deep": gs.Sequence(gs.Discrete(2))}),
+        PAIR,
+    ),
+    "dict_action": (box(-1, 1, (2,)), gs.Dict({"a": PAIR})),
+    "tuple_action": (box(-1, 1, (2,)), gs.Tuple([PAIR, PAIR])),
+    "text_action": (box(-1, 1, (2,)), gs.Text(5)),
+}
+UNSUPPORTED = {
+    "text": "Text", "graph": "Graph", "sequence": "Sequence", "sequence_inside": "deep.*Sequence",
+    "dict_action": "Dict", "tuple_action": "Tuple", "text_action": "Text",
+}  # fmt: skip
+
+
+class SpaceEnv(gym.Env):
+    """Random observations of a case; refuses actions outside its space."""
+
+    def __init__(self, case, render_mode=None):
+        self.observation_space, self.action_space = CASES[case]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.received = 0, None
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        if not self.action_space.contains(action):
+            raise ValueError(f"{action!r} is not in {self.action_space}")
+        self.t, self.received = self.t + 1, action
+        return self.observation_space.sample(), 1.0, self.t == 4, False, {}
+
+
+gym.register("TestSpaces-v0", entry_point=SpaceEnv)
+
+
+def space_args(case, **changes):
+    """Args of a run of a case."""
+    settings = dict(
+        env_id="TestSpaces-v0",
+        env_kwargs=json.dumps({"case": case}),
+        total_timesteps=20,
+        log_every=1,
+    )
+    return tiny(**(settings | changes))
+
+
+def run_case(case, tmp_path, **changes):
+    """Train and evaluate in a case; every loss must be finite."""
+    returns = dreamer_v3.main(space_args(case, run_dir=str(tmp_path), eval_episodes=2, **changes))
+    assert returns.tolist() == [4.0, 4.0]
+    (path,) = tmp_path.glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    updates = [line for line in lines if "losses/total" in line]
+    assert updates and updates[-1]["charts/updates"] >= 1
+    assert all(math.isfinite(value) for line in updates for value in line.values())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in UNSUPPORTED])
+def test_spaces(case, tmp_path):
+    """Group D: every kind of space trains and evaluates."""
+    run_case(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["sensors", "box", "multi_discrete_start"])
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_several_environments(case, async_envs, tmp_path):
+    """Group D: three environments, in this process and in processes of their own."""
+    run_case(case, tmp_path, num_envs=3, async_envs=async_envs, total_timesteps=21)
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_spaces(case):
+    """Group D: a space that cannot be encoded is named."""
+    with pytest.raises(UserError, match=UNSUPPORTED[case]):
+        dreamer_v3.Environments(space_args(case), 1, 0)
+
+
+def make_environments(case, num_envs=1):
+    """`Environments` of a case, after a reset."""
+    envs = dreamer_v3.Environments(space_args(case), num_envs, 0)
+    envs.reset()
+    return envs
+
+
+def received(case, vectors):
+    """What the environments get for action vectors."""
+    envs = make_environments(case, len(vectors))
+    envs.send(np.array(vectors, np.float32))
+    envs.receive()
+    return [np.asarray(env.unwrapped.received).tolist() for env in envs.envs.envs]
+
+
+def test_action_values():
+    """Group D: class 0 is the space's start; bounds belong to -1 and 1, then clipped."""
+    assert received("discrete", np.eye(4)) == [7, 8, 9, 10]
+    assert received("multi_discrete", [[0, 1, 0, 0, 1, 1, 0, 0, 0]]) == [[1, 2, 0]]
+    assert received("multi_discrete_start", [[0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 1]]) == [
+        [[2, 2], [6, 5]]
+    ]
+    assert received("multi_binary", [[1, 0, 0, 1, 0, 1, 1, 0]]) == [[0, 1, 1, 0]]
+    got = received("box", [[-1, -1, -1], [1, 1, 1], [9, -9, 0]])
+    close(got, [[-0.3, 0.1, -7], [0.7, 0.2, 1000], [0.7, 0.1, 496.5]], rtol=1e-6, atol=0)  # float32
+    assert received("box_integer", [[-1, 1], [0, 5]]) == [[-3, 9], [3, 9]]
+    assert all(
+        math.isfinite(x) for row in received("box_unbounded", [[-9, 9], [0.5, 0]]) for x in row
+    )
+    assert received("box_unbounded", [[0.5, 0.25]]) == [[0.5, 0.25]]
+
+
+def test_action_bounds_are_never_left_by_rounding():
+    """Group D: the ends of 2000 random boxes in float32."""
+    rng = np.random.default_rng(0)
+    low = rng.normal(size=2000).astype(np.float32)
+    high = low + rng.exponential(size=2000).astype(np.float32)
+    envs = make_environments("box")
+    envs.action_space = gs.Box(low, high)
+    for end in (-1.0, 1.0):
+        assert envs.action_space.contains(
+            envs.decode_action(np.full((1, 2000), end, np.float32))[0]
+        )
+
+
+def encoded(case, observation):
+    """What `Environments` make of one observation, as the networks see it."""
+    envs = make_environments(case)
+    batched = lambda x: (
+        {k: batched(v) for k, v in x.items()}
+        if isinstance(x, dict)
+        else (tuple(map(batched, x)) if isinstance(x, tuple) else np.asarray(x)[None])
+    )
+    return {key: x[0] for key, x in envs.encode_obs(batched(observation)).items()}
+
+
+def test_image_values():
+    """Group D: axes, resizing by averaging areas, and the order of several images."""
+    image = np.zeros((3, 40, 40), np.uint8)
+    image[0], image[1, :20], image[2, :, 20:] = 10, 100, 200
+    x = encoded("channels_first", image)["image"]
+    assert x.shape == (64, 64, 3) and x.dtype == np.uint8
+    assert (x[..., 0] == 10).all() and (x[:31, :, 1] == 100).all() and (x[33:, :, 1] == 0).all()
+    assert (x[:, 33:, 2] == 200).all() and (x[:, :31, 2] == 0).all()
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64, 1)).astype(np.uint8)
+    assert np.array_equal(encoded("grey_last", grey)["image"], grey)
+    chess = np.indices((210, 160)).sum(0)[..., None] % 2 * np.full(3, 200)
+    mean = encoded("big", chess.astype(np.uint8))["image"].astype(float)
+    assert abs(mean.mean() - 100) < 2 and mean.std() < 30, "large images are averaged, not sampled"
+    frames = np.stack(
+        [np.full((30, 30, 3), 10 * i, np.uint8) + np.arange(3, dtype=np.uint8) for i in range(4)]
+    )
+    assert encoded("stacked", frames)["image"][5, 5].tolist() == [
+        10 * i + c for i in range(4) for c in range(3)
+    ]
+
+
+def test_vector_values():
+    """Group D: keys in order of their names, discrete values one-hot from their start."""
+    observation = {
+        "image": np.full((20, 30, 3), 9, np.uint8), "grey": np.full((64, 64), 5, np.uint8),
+        "bits": np.array([1, 0, 1]), "choice": 1,
+        "vector": np.arange(6, dtype=np.float32).reshape(3, 2),
+        "many": np.array([1, 2]),
+    }  # fmt: skip
+    x = encoded("sensors", observation)
+    bits, choice, many = [0, 1, 1, 0, 0, 1], [0, 0, 1], [0, 1, 0, 0, 1, 0]
+    assert x["vector"].tolist() == bits + choice + many + [0, 1, 2, 3, 4, 5]
+    assert x["vector"].dtype == np.float32
+    assert x["image"].shape == (64, 64, 4) and x["image"][3, 3].tolist() == [5, 9, 9, 9]
+    nested = {"x": (np.array([0.5, -1], np.float32), {"y": 4}), "i": np.zeros((8, 8, 3), np.uint8)}
+    assert encoded("nested", nested)["vector"].tolist() == [0.5, -1, 0, 0, 1, 0]
+
+
+# ---- E. Checkpoints and command line -------------------------------------------------------------
+
+
+def test_checkpoint_roundtrip(tmp_path):
+    """Group E: a loaded agent is the saved one: parameters, actions, and next update."""
+    first, second = make_agent(VECTOR, seed=1), make_agent(VECTOR, seed=1)
+    batch = make_batch(VECTOR, first.args)
+    for _ in range(3):
+        first.update(batch)
+    dreamer_v3.save_checkpoint(tmp_path / "checkpoint.pt", first, first.args, 123, 3)
+    assert [x.name for x in tmp_path.iterdir()] == ["checkpoint.pt"], "no temporary file stays"
+    checkpoint = dreamer_v3.load_checkpoint(tmp_path / "checkpoint.pt", "cpu")
+    assert (checkpoint["step"], checkpoint["updates"], checkpoint["args"]) == (123, 3, first.args)
+    second.load_state_dict(checkpoint["agent"])
+    for _ in range(2):
+        for (name, p), q in zip(
+            first.model.state_dict().items(), second.model.state_dict().values(), strict=True
+        ):
+            assert torch.equal(p, q), name
+        acts = [act_once(agent, batch) for agent in (first, second)]
+        assert all(torch.equal(a, b) for a, b in zip(*acts, strict=True))
+        for agent in (first, second):
+            torch.manual_seed(7)
+            agent.update(batch)
+
+
+def act_once(agent, batch):
+    """One greedy decision from the batch's first step, with fixed noise."""
+    torch.manual_seed(5)
+    obs = {key: x[:, 0] for key, x in batch["obs"].items()}
+    return agent.act(obs, batch["is_first"][:, 0], agent.initial(3), greedy=True)
+
+
+def test_checkpoint_of_other_networks():
+    """Group E: a checkpoint that does not fit is refused."""
+    with pytest.raises(UserError):
+        make_agent(VECTOR).load_state_dict(make_agent(CONTINUOUS).state_dict())
+    with pytest.raises(UserError):
+        make_agent(VECTOR).load_state_dict({})
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_malicious_checkpoint(writer, tmp_path):
+    """Group E: code in a checkpoint is not executed."""
+    path, mark = tmp_path / "evil.pt", tmp_path / "executed"
+    content = {"args": {}, "step": 0, "updates": 0, "agent": Evil(mark)}
+    if writer == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError):
+        dreamer_v3.load_checkpoint(path, "cpu")
+    assert not mark.exists()
+    torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
+    assert mark.exists(), "the file must be able to do harm"
+
+
+def test_damaged_checkpoints(tmp_path):
+    """Group E: half a file, no file, a folder and other files are refused."""
+    agent, path = make_agent(VECTOR), tmp_path / "checkpoint.pt"
+    dreamer_v3.save_checkpoint(path, agent, agent.args, 0, 0)
+    content = path.read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"args": {"nonsense": 1}}, tmp_path / "other.pt")
+    for name in ("half.pt", "empty.pt", "list.pt", "other.pt", "missing.pt", "."):
+        with pytest.raises(UserError):
+            dreamer_v3.load_checkpoint(tmp_path / name, "cpu")
+
+
+def command(*args):
+    """Start dreamer_v3.py as a user would."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, dreamer_v3.__file__, *args], env=env, **pipes)
+
+
+def flags(args):
+    """Args as command-line flags, where they differ from the defaults."""
+    changed = {
+        f.name: getattr(args, f.name) for f in fields(Args) if getattr(args, f.name) != f.default
+    }
+    named = [(f"--{k.replace('_', '-')}", v) for k, v in changed.items() if not isinstance(v, bool)]
+    switches = [
+        f"--{'' if v else 'no-'}{k.replace('_', '-')}"
+        for k, v in changed.items()
+        if isinstance(v, bool)
+    ]
+    return [str(x) for pair in named for x in pair] + switches
+
+
+def test_command_line_trains_and_evaluates(tmp_path):
+    """Group E: train CartPole for a moment, then evaluate the checkpoint it leaves."""
+    process = command(*flags(tiny(env_id="CartPole-v1", run_dir=str(tmp_path))))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    process = command("--evaluate", str(path), "--eval-episodes", "2", "--no-cuda")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "CartPole-v1 after 40 steps" in out and "2 episodes" in out
+
+
+ERRORS = {
+    "unknown environment": ["--env-id", "NoSuchGame-v3"],
+    "unknown module": ["--env-id", "no_such_module:Game-v0"],
+    "malformed id": ["--env-id", "///"],
+    "not JSON": ["--env-id", "CartPole-v1", "--env-kwargs", "{frameskip: 4}"],
+    "not an object": ["--env-id", "CartPole-v1", "--env-kwargs", "[1]"],
+    "wrong option": ["--env-id", "CartPole-v1", "--env-kwargs", '{"no_such_option": 1}'],
+    "blocks": ["--env-id", "CartPole-v1", "--deter", "100"],
+    "negative": ["--env-id", "CartPole-v1", "--train-ratio", "-1"],
+    "zero": ["--env-id", "CartPole-v1", "--num-envs", "0"],
+    "small buffer": ["--env-id", "CartPole-v1", "--buffer-size", "10"],
+    "no checkpoint": ["--evaluate", "no_such_checkpoint.pt"],
+    "unknown flag": ["--no-such-flag", "1"],
+    "not a number": ["--learning-rate", "fast"],
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_command_line_errors(case, tmp_path, monkeypatch, capsys):
+    """Group E: exit status 2, one line (unless it is tyro's own), and no files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dreamer_v3.py", "--no-cuda", *ERRORS[case]])
+    with pytest.raises(SystemExit) as exit_info:
+        dreamer_v3.cli()
+    assert exit_info.value.code == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    if case not in ("unknown flag", "not a number"):
+        assert len(err.strip().splitlines()) == 1 and err.startswith("dreamer_v3.py: error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line_error_as_a_process(tmp_path):
+    """Group E: the same in a process of its own."""
+    process = command("--env-id", "NoSuchGame-v3", "--no-cuda", "--run-dir", str(tmp_path))
+    out, err = process.communicate()
+    assert process.returncode == 2 and "NoSuchGame" in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+# ---- F. Learning ---------------------------------------------------------------------------------
+
+
+class Cue(gym.Env):
+    """Shows a cue at step 0 only; two blank steps later the action must match it, and then it pays.
+
+    The cue also says what is at stake, 1 or 2, and alternates: 1.5 an episode at most, 0.75 at
+    random, and 1 for always taking the better action.
+    """
+
+    observation_space = gs.Box(-1, 1, (3,), np.float32)
+    action_space = gs.Discrete(2)
+    cue = 0
+
+    def observe(self):
+        cue = [self.t == 0 and self.cue == 0, self.t == 0 and self.cue == 1]
+        return np.array([*cue, self.t == 3], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.cue = 0, 1 - self.cue
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        end = self.t == 4
+        reward = (1.0 + self.cue) * (end and action == self.cue)
+        return self.observe(), reward, end, False, {}
+
+
+gym.register("TestCue-v0", entry_point=Cue)
+
+
+def learn(folder, seed=1):
+    """Greedy mean return, out of 1.5, after a training run in the cue environment."""
+    network = dict(deter=128, hidden=64, units=64, classes=4, stoch=4, blocks=4)
+    schedule = dict(batch_size=16, batch_length=16, train_ratio=32.0, num_envs=16)
+    behaviour = dict(imag_horizon=5, ent_coef=0.1, warmup_updates=100)
+    args = tiny(
+        env_id="TestCue-v0", run_dir=str(folder), seed=seed, total_timesteps=6400,
+        buffer_size=10_000, eval_episodes=64, **network, **schedule, **behaviour,
+    )  # fmt: skip
+    returns = dreamer_v3.main(args)
+    assert len(returns) == 64
+    return returns.mean()
+
+
+def test_learning(tmp_path):
+    """Group F: memory and delayed reward; 90% of the maximum. No policy without memory has 70%."""
+    assert learn(tmp_path) >= 0.9 * 1.5
+
+
+# ---- G. Documents --------------------------------------------------------------------------------
+
+README = (Path(__file__).parent / "README.md").read_text()
+SOURCE = Path(dreamer_v3.__file__).read_text()
+
+
+def readme_commands():
+    """Every `python dreamer_v3.py ...` of the README, as a list of arguments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return re.findall(r"python dreamer_v3.py(.*)", "".join(blocks))
+
+
+def test_readme_commands_parse():
+    """The commands of the README, and of the file's docstring, are accepted by the parser."""
+    commands = readme_commands() + re.findall(r"^ +python dreamer_v3.py(.*)", SOURCE, re.MULTILINE)
+    assert len(commands) >= 8
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if "--help" not in words:
+            dreamer_v3.check_args(tyro.cli(Args, args=words))
+
+
+def test_readme_table_of_hyperparameters():
+    """Its defaults are those of Args, and every hyperparameter after --size is in it."""
+    rows = re.findall(r"^\| `--([\w-]+)` \| (\S+) \|", README, re.MULTILINE)
+    table = {flag.replace("-", "_"): default for flag, default in rows}
+    defaults = {field.name: str(field.default) for field in fields(Args)}
+    assert table == {name: defaults[name] for name in table}
+    names = list(defaults)
+    expected = set(names[names.index("stoch") :]) | {"size", "train_ratio", "batch_size"}
+    assert expected <= set(table)
+
+
+def test_details_are_numbered_alike():
+    """Every [Dn] of the README stands in the code, and the other way round."""
+    listed = set(re.findall(r"^\| D(\d+) \|", README, re.MULTILINE))
+    tagged = set(re.findall(r"\[D(\d+)\]", SOURCE.split('"""', 2)[2]))
+    assert listed == tagged == {str(i) for i in range(1, 26)}
+
+
+def test_help_explains_every_flag(capsys):
+    """--help has a text for every flag."""
+    with pytest.raises(SystemExit) as caught:
+        tyro.cli(Args, args=["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for field in fields(Args):
+        flag = f"--{field.name.replace('_', '-')}"
+        after = text.split(f" {flag} ", 1)[-1] if f" {flag} " in text else text.split(flag, 1)[1]
+        assert re.search(r"[A-Z][^│]{8}", after.split("(default", 1)[0]), flag
+
+
+def test_no_code_at_import_and_docstrings():
+    """Importing prints nothing; every public class and function says what it does."""
+    command = [sys.executable, "-c", "import dreamer_v3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            inner = node.name in ("forward", "backward", "product")
+            assert inner or ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+# ---- H. The tests bite ---------------------------------------------------------------------------
+# Every mutation plants one mistake into dreamer_v3; the check named beside it must fail.
+
+
+def wrap(patch, owner, name, mutated):
+    """Replace owner.name by mutated(original, *args)."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **kwargs: mutated(original, *args, **kwargs))
+
+
+def function(name, mutated):
+    """A mutation that wraps a function of dreamer_v3."""
+    return lambda patch: wrap(patch, dreamer_v3, name, mutated)
+
+
+def method(owner, name, mutated):
+    """A mutation that wraps a method of a class of dreamer_v3."""
+    return lambda patch: wrap(patch, getattr(dreamer_v3, owner), name, mutated)
+
+
+def twohot_in_symlog_space(original, logits, target, bins):
+    """DreamerV3 of 2023: weights linear in symlog space."""
+    return original(logits, dreamer_v3.symlog(target), dreamer_v3.symlog(bins))
+
+
+def plain_sum(original, logits, bins):
+    """The expectation in plain order: rounding leaves a random value."""
+    return (logits.softmax(-1) * bins).sum(-1)
+
+
+def kl_per_variable(original, log_p, log_q):
+    """Free nats for every variable before the sum."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=1.0).sum(-1)
+
+
+def gumbel(original, probs, uniform):
+    """A relaxed sample instead of straight-through."""
+    return ((probs.log() - torch.empty_like(probs).exponential_().log()) / 0.5).softmax(-1)
+
+
+def detached_sample(original, probs, uniform):
+    """A sample without gradient."""
+    return original(probs, uniform).detach() + 0 * probs
+
+
+def no_reset(original, self, embed, prev_action, is_first, deter, stoch):
+    """The state survives the start of an episode."""
+    return original(self, embed, prev_action, torch.zeros_like(is_first), deter, stoch)
+
+
+def action_survives(original, self, embed, prev_action, is_first, deter, stoch):
+    """At the start of an episode the action is class 0 instead of a zero vector."""
+    action = torch.where(is_first[..., None], torch.eye(prev_action.shape[-1])[0], prev_action)
+    result = []
+    for t in range(is_first.shape[1]):
+        keep = 1 - is_first[:, t, None].to(deter.dtype)
+        state = deter * keep, stoch * keep[..., None]
+        step = original(
+            self,
+            embed[:, t : t + 1],
+            action[:, t : t + 1],
+            torch.zeros_like(is_first[:, :1]),
+            *state,
+        )
+        deter, stoch = step[0][:, 0], step[1][:, 0]
+        result.append(step)
+    return [torch.cat(x, 1) for x in zip(*result, strict=True)]
+
+
+def no_update_bias(original, model, *args):
+    """sigmoid(update) instead of sigmoid(update - 1)."""
+    rssm = model.rssm
+    shift = torch.zeros(rssm.blocks, 3, rssm.deter_dim // rssm.blocks)
+    shift[:, 2] = 1
+    rssm.gru.bias.data += shift.flatten()
+    result = original(model, *args)
+    rssm.gru.bias.data -= shift.flatten()
+    return result
+
+
+def no_gradient_through_time(original, self, embed, prev_action, is_first, deter, stoch):
+    """Every step of `observe` starts from a detached state."""
+    result = []
+    for t in range(is_first.shape[1]):
+        now = slice(t, t + 1)
+        step = original(self, embed[:, now], prev_action[:, now], is_first[:, now], deter, stoch)
+        deter, stoch = step[0][:, 0].detach(), step[1][:, 0].detach()
+        result.append(step)
+    return [torch.cat(x, 1) for x in zip(*result, strict=True)]
+
+
+def max_pool(original, self, obs):
+    """max_pool2d gives the whole gradient to one of equal entries."""
+    x = obs["image"].flatten(0, 1).to(self.norms[0].scale.dtype) / 255 - 0.5
+    for conv, norm in zip(self.convs, self.norms, strict=True):
+        x = norm(F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
+    width = x[0].numel()
+    return torch.cat(
+        [original(self, obs)[..., :-width], x.flatten(1).unflatten(0, obs["image"].shape[:2])], -1
+    )
+
+
+def reward_shifted(original, reward, value, cont, last, lam):
+    """r_t instead of r_{t+1}."""
+    return original(reward.roll(1, 1), value, cont, last, lam)
+
+
+def value_not_shifted(original, reward, value, cont, last, lam):
+    """Bootstrapped with v_t instead of v_{t+1}."""
+    return original(reward, value.roll(1, 1), cont, last, lam)
+
+
+def discount_twice(original, reward, value, cont, last, lam):
+    """The discount on top of a continue probability that has it already."""
+    return original(reward, value, cont * (1 - 1 / 333), last, lam)
+
+
+def last_ignored(original, reward, value, cont, last, lam):
+    """The lambda-return runs on into the next episode."""
+    return original(reward, value, cont, torch.zeros_like(last), lam)
+
+
+def last_cuts_value(original, reward, value, cont, last, lam):
+    """A cut trajectory counts as one that ended by itself."""
+    return original(reward, value, cont * (1 - last), last, lam)
+
+
+def entropy_outside(original, model, feat, action, args):
+    """The entropy bonus without the trajectory's weight."""
+    losses, *rest = original(model, feat, action, args)
+    weight = torch.sigmoid(model.cont(feat)).squeeze(-1).cumprod(1)[:, :-1].detach()
+    bonus = args.ent_coef * model.actor(feat[:, :-1]).entropy()
+    return {**losses, "actor": losses["actor"] + (weight - 1) * bonus}, *rest
+
+
+def weight_without_start(original, model, feat, action, args):
+    """The weight of the first step is 1 instead of its own continue probability."""
+    losses, *rest = original(model, feat, action, args)
+    start = torch.sigmoid(model.cont(feat)).detach()[:, 0]
+    return {name: loss / start for name, loss in losses.items()}, *rest
+
+
+def slow_critic_as_target(original, model, feat, action, args):
+    """Returns bootstrapped with the slow critic."""
+    slow = dreamer_v3.twohot_mean(model.slow_critic(feat), model.bins)
+    with pytest.MonkeyPatch.context() as patch:
+        wrap(
+            patch,
+            dreamer_v3,
+            "lambda_return",
+            lambda f, reward, value, *rest: f(reward, slow, *rest),
+        )
+        return original(model, feat, action, args)
+
+
+def returns_not_limited(original, model, feat, action, args):
+    """Small return ranges are blown up to 1: advantages grow by 1 / range."""
+    losses, returns, *rest = original(model, feat, action, args)
+    scale = (model.return_range[1] - model.return_range[0]).clamp(max=1)
+    return {**losses, "actor": losses["actor"] / scale}, returns, *rest
+
+
+def gradient_in_imagination(original, *args):
+    """The trajectory keeps its gradient: `imagine` without its torch.no_grad."""
+    return original.__wrapped__(*args)
+
+
+def detached_replay_critic(original, model, feat, *rest):
+    """The critic on replayed sequences does not train the world model."""
+    return original(model, feat.detach(), *rest)
+
+
+def without_clipping(original, self, params, exact, args):
+    """No adaptive gradient clipping."""
+    original(self, params, exact, dreamer_v3.replace(args, agc_clip=1e9))
+
+
+def adam(original, self):
+    """Adam: the momentum is taken before the normalisation."""
+    args, n = self.args, int(self.updates) + 1
+    for p, nu, mu in zip(self.params, self.nu, self.mu, strict=True):
+        limit = args.agc_clip * p.detach().norm().clamp(min=1e-3)
+        g = p.grad / (p.grad.norm() / limit).clamp(min=1)
+        nu.lerp_(g * g, 1 - args.beta2)
+        mu.lerp_(g, 1 - args.beta1)
+        lr = args.learning_rate * min(1, (n - 1) / args.warmup_updates)
+        p.data -= lr * (mu / (1 - args.beta1**n)) / ((nu / (1 - args.beta2**n)).sqrt() + 1e-20)
+    self.updates += 1
+
+
+def stored_late(original, self, entry):
+    """The replay stores the reward of the step before."""
+    late = getattr(self, "late_reward", np.zeros_like(entry["reward"]))
+    self.late_reward = entry["reward"]
+    return original(self, entry | {"reward": late})
+
+
+def action_at_the_end(original, self, entry):
+    """The action of an episode's last step is stored though nothing was chosen."""
+    action = entry["action"].copy()
+    action[entry["is_last"], 0] = 1
+    return original(self, entry | {"action": action})
+
+
+def truncation_is_terminal(original, self, entry):
+    """An episode that was cut off counts as ended by itself."""
+    return original(self, entry | {"is_terminal": entry["is_last"]})
+
+
+def window_too_short(original, self):
+    """Start positions whose sequences run over the write pointer."""
+    return original(self) + self.num_envs * (self.window - 1)
+
+
+def latents_shifted(original, self, place, deter, stoch):
+    """Latent states written one step early."""
+    envs, steps = place
+    self.data["deter"][envs, steps[:, :-1]] = deter
+    self.data["stoch"][envs, steps[:, :-1]] = stoch
+
+
+def latents_never_refreshed(original, self, place, deter, stoch):
+    """Latent states stay as they were at acting time."""
+
+
+def end_not_forced(original, self):
+    """An abandoned episode has no end."""
+    batch, place = original(self)
+    return batch | {"is_last": self.data["is_last"][place]}, place
+
+
+def newest_only(original, self):
+    """No online queue: uniform draws only."""
+    self.fresh.clear()
+    return original(self)
+
+
+def window_used_twice(original, self):
+    """The online queue does not forget what it gave."""
+    fresh = self.fresh.copy()
+    batch = original(self)
+    self.fresh.extendleft(reversed(fresh))
+    return batch
+
+
+def previous_action_not_shifted(original, self, batch):
+    """The RSSM gets the action chosen at a step instead of the one before it."""
+    return original(self, batch | {"action": batch["action"].roll(-1, 1)})
+
+
+def without_unimix(original, logits, unimix):
+    """The plain distribution."""
+    return original(logits, 0.0)
+
+
+MUTATIONS = {
+    "two-hot in symlog space": (function("twohot_loss", twohot_in_symlog_space), check_twohot_loss),
+    "two-hot mean summed in order": (function("twohot_mean", plain_sum), check_twohot_mean),
+    "KL without unimix": (function("mixed_log_probs", without_unimix), check_kl),
+    "KL clipped for each variable": (function("categorical_kl", kl_per_variable), check_kl),
+    "KL the other way round": (function("categorical_kl", lambda f, p, q: f(q, p)), check_kl),
+    "relaxed sample": (function("sample_one_hot", gumbel), check_straight_through),
+    "no straight-through": (function("sample_one_hot", detached_sample), check_straight_through),
+    "no reset": (method("RSSM", "observe", no_reset), check_observe),
+    "reset to class 0": (method("RSSM", "observe", action_survives), check_observe),
+    "no gradient through time": (
+        method("RSSM", "observe", no_gradient_through_time),
+        check_observe_gradient,
+    ),
+    "no update bias": (function("imagine", no_update_bias), check_cell),
+    "max-pool without ties": (method("Encoder", "forward", max_pool), check_encoder),
+    "vectors without symlog": (function("symlog", lambda f, x: x), check_encoder),
+    "reward shifted": (function("lambda_return", reward_shifted), check_actor_critic),
+    "value not shifted": (function("lambda_return", value_not_shifted), check_actor_critic),
+    "discount twice": (function("lambda_return", discount_twice), check_actor_critic),
+    "returns over cuts": (function("lambda_return", last_ignored), check_replay_critic),
+    "cut counts as end": (function("lambda_return", last_cuts_value), check_replay_critic),
+    "entropy outside the weight": (
+        function("actor_critic_loss", entropy_outside),
+        check_actor_critic,
+    ),
+    "weight without the start": (
+        function("actor_critic_loss", weight_without_start),
+        check_actor_critic,
+    ),
+    "slow critic as target": (
+        function("actor_critic_loss", slow_critic_as_target),
+        check_actor_critic,
+    ),
+    "no limit on the return range": (
+        function("actor_critic_loss", returns_not_limited),
+        check_actor_critic,
+    ),
+    "gradient in imagination": (function("imagine", gradient_in_imagination), check_wiring),
+    "replay critic detached": (
+        function("replay_critic_loss", detached_replay_critic),
+        check_wiring,
+    ),
+    "no gradient clipping": (method("LaProp", "__init__", without_clipping), check_optimizer),
+    "Adam": (method("LaProp", "step", adam), check_optimizer),
+    "act keeps the old action": (method("RSSM", "observe", no_reset), check_act_equals_observe),
+    "sequences over the write pointer": (
+        method("Replay", "__len__", window_too_short),
+        check_uniform,
+    ),
+    "no online queue": (method("Replay", "sample", newest_only), check_online_queue),
+    "windows used twice": (method("Replay", "sample", window_used_twice), check_online_queue),
+    "end not forced": (method("Replay", "sample", end_not_forced), check_forced_last),
+    "reward stored late": (method("Replay", "add", stored_late), check_alignment),
+    "action at the end": (method("Replay", "add", action_at_the_end), check_alignment),
+    "truncation is terminal": (method("Replay", "add", truncation_is_terminal), check_alignment),
+    "latents shifted": (method("Replay", "write_latents", latents_shifted), check_alignment),
+    "latents never refreshed": (
+        method("Replay", "write_latents", latents_never_refreshed),
+        check_alignment,
+    ),
+    "previous action not shifted": (
+        method("Agent", "train_step", previous_action_not_shifted),
+        check_alignment,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation(name, tmp_path, monkeypatch):
+    """Group H: the check that guards against a mistake fails when it is made."""
+    plant, check = MUTATIONS[name]
+    run = functools.partial(check, tmp_path) if check is check_alignment else in_float64(check)
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        run()
+
+
+# ---- P. Parity with the authors' code -----------------------------------------------------------
+# The numbers at the end of this file come from github.com/danijar/dreamerv3 at commit e3f0224, run
+# with JAX 0.4.33 on a CPU, float64 in place of float32. A formula fills in parameters and inputs; a
+# sample is the most likely class, or the mean plus a constant; so nothing is random.
 
 IMAGE, VECTORS = 3, (("extra", 5, ()), ("mode", 4, (4,)), ("position", 3, ()))
 SPACES = {
@@ -25,7 +2128,9 @@ SPACES = {
     "Cm": Spaces(0, VECTORS, (), 2),
     "D": Spaces(IMAGE, (("vector", 5, ()),), (5,), 5),
 }
-TINY = dict(deter=32, hidden=16, stoch=4, classes=4, blocks=4, depth=4, units=16, imag_horizon=5)
+PARITY_SIZES = dict(
+    deter=32, hidden=16, stoch=4, classes=4, blocks=4, depth=4, units=16, imag_horizon=5
+)
 
 
 @pytest.fixture
@@ -73,7 +2178,7 @@ def U(name, shape, amp=1.0):
     return x.reshape(shape).to(torch.get_default_dtype())
 
 
-def fill(name, shape):
+def fill_parameter(name, shape):
     """The value of a parameter, by its name and shape in the authors' code."""
     v, (*_, parent, leaf) = unit(name, math.prod(shape)), name.split("/")
     if leaf == "kernel":
@@ -164,7 +2269,7 @@ def our_layout(x):
 def fill_params(params):
     """Fill parameters, given by the authors' names, in place: the optimizer shares their memory."""
     for name, p in params.items():
-        p.copy_(our_layout(fill(name, official_layout(p).shape)))
+        p.copy_(our_layout(fill_parameter(name, official_layout(p).shape)))
 
 
 def checksum(x):
@@ -240,11 +2345,11 @@ def initial_carry(case, run, model):
 
 def make_args(case, **options):
     """The authors' configuration of a case. Their actor mixes in no uniform distribution."""
-    net = dict(size="1m") if case == "B1m" else TINY
+    net = dict(size="1m") if case == "B1m" else PARITY_SIZES
     return Args(**net, actor_unimix=0.0, **options)
 
 
-def make_agent(case, run="zero", **options):
+def official_agent(case, run="zero", **options):
     """A filled agent; its return range is that of the run."""
     agent = Agent(make_args(case, **options), SPACES[case])
     fill_params(official_params(agent.model, SPACES[case]))
@@ -253,7 +2358,7 @@ def make_agent(case, run="zero", **options):
     return agent
 
 
-def make_batch(case, run, model):
+def official_batch(case, run, model):
     """The batch of a case as `Agent.update` takes it."""
     batch = inputs(case, *((2, 6) if case == "B1m" else (3, 8)))
     deter, stoch, action = initial_carry(case, run, model)
@@ -262,7 +2367,7 @@ def make_batch(case, run, model):
     return batch | dict(deter=deter, stoch=stoch)
 
 
-def close(ours, theirs, tol, size=None):
+def agrees(ours, theirs, tol, size=None):
     """Assert |ours - theirs| <= tol * size; numbers, or two nests of the same shape."""
     ours = torch.as_tensor(ours, dtype=torch.float64)
     theirs = torch.as_tensor(theirs, dtype=torch.float64)
@@ -301,20 +2406,20 @@ def step_as_authors(step, optimizer, update, rate, warmup):
 def test_formula():
     """The formula gives the published numbers."""
     expected = [0.6268253394467873, -0.03501556584833538, -1.480133039747141, 1.2768453350351474]
-    close(unit("dyn/dynin0/kernel", 4), expected, 1e-15)
+    agrees(unit("dyn/dynin0/kernel", 4), expected, 1e-15)
     expected = {
         ("dyn/dynin0/kernel", (32, 16)): [0.11080811, -0.00618994, -0.26165304],
         ("dyn/dyngru/kernel", (4, 8, 24)): [-1.19410574, -1.17998433, -0.84653038],
         ("dyn/obs0norm/scale", (16,)): [1.00762713, 1.03103745, 1.15729856],
     }
     for (name, shape), numbers in expected.items():
-        close(fill(name, shape).flatten()[:3], numbers, 1e-7, 1)  # 8 decimals are given
+        agrees(fill_parameter(name, shape).flatten()[:3], numbers, 1e-7, 1)  # 8 decimals are given
 
 
 @pytest.mark.parametrize("case", ["B", "B1m", "C", "D"])
 def test_parameters_are_the_authors(case, float64):
     """Every parameter is one of theirs, with its shape and, once filled, its checksum."""
-    model = make_agent(case).model
+    model = official_agent(case).model
     params = official_params(model, SPACES[case])
     assert len(params) == len(list(model.parameters()))
     shapes = {name: list(official_layout(p).shape) for name, p in params.items()}
@@ -341,24 +2446,24 @@ LOSSES = {"reward": "rew", "cont": "con", "actor": "policy", "critic": "value"}
 def test_losses_and_gradients(case, run, precision, most_likely, monkeypatch):
     """Each loss, the metrics, the return range and each network's gradient are the authors'."""
     set_normal_noise(monkeypatch, 0.0 if case == "Cm" else -0.5)
-    agent, tol, golden = make_agent(case, run), TOLERANCE[precision], PARITY[case][run]
-    batch = make_batch(case, run, agent.model)
+    agent, tol, golden = official_agent(case, run), TOLERANCE[precision], PARITY[case][run]
+    batch = official_batch(case, run, agent.model)
     total, metrics, _, _ = agent.loss(batch)
     total.backward()
     losses = {k[7:]: x.item() for k, x in metrics.items() if re.match("losses/(?!total)", k)}
     losses = {LOSSES.get(name, name): x for name, x in losses.items()}
     assert losses.keys() == golden["loss"].keys()
     for name, x in golden["loss"].items():
-        close(losses[name], x, tol)
+        agrees(losses[name], x, tol)
     for name, x in zip(METRICS, golden["metrics"], strict=True):
-        close(metrics[name].item(), x, tol)
-    close(total.item(), golden["total"][0], tol)
-    close(agent.model.return_range, golden["range"], tol)
+        agrees(metrics[name].item(), x, tol)
+    agrees(total.item(), golden["total"][0], tol)
+    agrees(agent.model.return_range, golden["range"], tol)
     params = official_params(agent.model, SPACES[case])
     assert all((p.grad is None) == (name[:4] == "slow") for name, p in params.items())
     grads = {name: p.grad for name, p in params.items() if p.grad is not None}
     close_sums(checksums(grads), golden["grad"], tol)
-    close(math.hypot(*[x.norm().item() for x in grads.values()]), golden["grad_norm"][0], tol)
+    agrees(math.hypot(*[x.norm().item() for x in grads.values()]), golden["grad_norm"][0], tol)
     if case == "Cm":  # at the mean the gradient of the mean is exactly zero
         assert all(x.abs().max() < 1e-6 for name, x in grads.items() if "action/mean" in name)
 
@@ -368,10 +2473,13 @@ def test_losses_and_gradients(case, run, precision, most_likely, monkeypatch):
 def test_three_updates(case, run, warmup, precision, most_likely, monkeypatch):
     """Losses and gradient norms of three updates, and what they leave behind, are the authors'."""
     set_normal_noise(monkeypatch, -0.5)
-    agent = make_agent(case, run, warmup_updates=warmup)
+    agent = official_agent(case, run, warmup_updates=warmup)
     golden = PARITY[case][run]
     after, double = golden[f"warmup{warmup}"], precision == "float64"
-    batch, params = make_batch(case, run, agent.model), official_params(agent.model, SPACES[case])
+    batch, params = (
+        official_batch(case, run, agent.model),
+        official_params(agent.model, SPACES[case]),
+    )
     before = {name: p.detach().clone() for name, p in params.items()}
     for i in range(3):
         update = lambda: agent.update(batch)
@@ -379,27 +2487,27 @@ def test_three_updates(case, run, warmup, precision, most_likely, monkeypatch):
         # Updates are about +-lr whatever the size of a gradient: entries at the level of float32
         # rounding take another sign, so that later losses differ more than the first.
         tol = TOLERANCE[precision] * (1 if i == 0 or double else 3)
-        close(metrics["losses/total"].item(), (golden["total"][:1] + after["total"])[i], tol)
+        agrees(metrics["losses/total"].item(), (golden["total"][:1] + after["total"])[i], tol)
         norm = (golden["grad_norm"][:1] + after["grad_norm"])[i]
-        close(metrics["losses/grad_norm"].item(), norm, tol)
+        agrees(metrics["losses/grad_norm"].item(), norm, tol)
         if i == 0 and warmup:
             trained = [name for name in params if not name.startswith("slow")]
             assert all(torch.equal(params[name], before[name]) for name in trained)
-    close(agent.model.return_range, after["range"], TOLERANCE[precision] * (1 if double else 5))
+    agrees(agent.model.return_range, after["range"], TOLERANCE[precision] * (1 if double else 5))
     sums = checksums(params)
     if double:  # three updates change a network by 1e-4 of its norm, with warm-up by 1e-7 of it
         close_sums(sums, after["params"], 1e-13, 1e-12)
     elif not warmup:  # (the updates of a warm-up are lost in float32's rounding of the parameters)
         l2, dot = zip(*sums.values(), strict=True)
-        close(l2, after["params"][::2], 1e-6)
-        close(dot, after["params"][1::2], 1, 3e-4)  # two entries of another sign: 2 * 2 lr * 1.7
+        agrees(l2, after["params"][::2], 1e-6)
+        agrees(dot, after["params"][1::2], 1, 3e-4)  # two entries of another sign: 2 * 2 lr * 1.7
 
 
 @pytest.mark.parametrize("case", ["B", "B1m", "C", "D"])
 def test_acting(case, float64, most_likely, monkeypatch):
     """Five decisions for two environments, the second reset again at the fourth one."""
     set_normal_noise(monkeypatch, 0.0)
-    agent, replay = make_agent(case), inputs(case, 2, 6)
+    agent, replay = official_agent(case), inputs(case, 2, 6)
     carry = agent.initial(2)
     for t, (deter, stoch, action) in enumerate(ACTING[case]):
         obs = {key: x[:, t] for key, x in replay["obs"].items()}
@@ -415,7 +2523,7 @@ def test_acting(case, float64, most_likely, monkeypatch):
 def test_replay_context(float64, most_likely, monkeypatch):
     """`train_step` starts from the first step's stored state and action; that step is no target."""
     set_normal_noise(monkeypatch, -0.5)
-    agent, batch = make_agent("C", "carry", warmup_updates=0), inputs("C")
+    agent, batch = official_agent("C", "carry", warmup_updates=0), inputs("C")
     b, t, s = torch.meshgrid(*map(torch.arange, (3, 8, 4)), indexing="ij")
     batch |= batch.pop("obs")
     batch["deter"] = U("data/dyn/deter", (3, 8, 32), 0.5).clone()
@@ -425,7 +2533,7 @@ def test_replay_context(float64, most_likely, monkeypatch):
     batch["deter"][1, 0], batch["stoch"][1, 0] = deter[1], stoch[1].argmax(-1)
     metrics, deter, stoch = agent.train_step(batch)
     for name, x in CONTEXT["metrics"].items():
-        close(metrics[name].item(), x, 1e-9)
+        agrees(metrics[name].item(), x, 1e-9)
     assert deter.dtype == torch.float16 and stoch.dtype == torch.uint8
     # Half precision rounds by at most 2^-12 in (-1, 1), 672 entries at random: |error| < 2^-12 l2.
     close_sums(checksum(deter), CONTEXT["deter"], 2.0**-12, 1e-3)
@@ -441,10 +2549,10 @@ def test_symlog(float64):
     """symlog, symexp and the bins."""
     x = torch.tensor([-1e9, -1.0, -0.5, 0.0, 0.5, 10.0, 1000.0])
     expected = [math.copysign(math.log1p(abs(v)), v) for v in x.tolist()]
-    close(dreamer_v3.symlog(x), expected, 1e-14)
-    close(dreamer_v3.symexp(dreamer_v3.symlog(x)), x, 1e-12)
+    agrees(dreamer_v3.symlog(x), expected, 1e-14)
+    agrees(dreamer_v3.symexp(dreamer_v3.symlog(x)), x, 1e-12)
     bins = dreamer_v3.twohot_bins()
-    close(bins[[63, 126, 127, 128, 253, 254]], PARTS["bins"], 1e-13)
+    agrees(bins[[63, 126, 127, 128, 253, 254]], PARITY_PARTS["bins"], 1e-13)
     assert torch.equal(bins, -bins.flip(0))
 
 
@@ -453,11 +2561,11 @@ def test_twohot(float64):
     slope = 1.5 * (torch.arange(255.0) - 130).abs() * 20 / 127
     logits = (unit("A/twohot/logits", 9 * 255).reshape(9, 255) - slope).float().double()
     logits[1] = 0
-    bins, golden = dreamer_v3.twohot_bins(), PARTS["twohot"]
+    bins, golden = dreamer_v3.twohot_bins(), PARITY_PARTS["twohot"]
     logits.requires_grad_()
-    close(dreamer_v3.twohot_mean(logits, bins), golden["mean"], 1e-9)
+    agrees(dreamer_v3.twohot_mean(logits, bins), golden["mean"], 1e-9)
     loss = dreamer_v3.twohot_loss(logits, torch.tensor(golden["target"]), bins)
-    close(loss, golden["loss"], 1e-12)
+    agrees(loss, golden["loss"], 1e-12)
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     for row, expected in zip(grad, golden["grad"], strict=True):
         close_sums(checksum(row), expected, 1e-11)
@@ -467,18 +2575,18 @@ def test_categorical(float64, most_likely):
     """Mixing with the uniform, entropy, KL with free bits, and the straight-through gradient."""
     a, b = (U(f"A/cat/{name}", (3, 2, 4)).clone() for name in "ab")
     a[0, 0] = torch.tensor([30.0, 0, 0, -30])
-    golden, w = PARTS["categorical"], U("A/cat/w", (3, 2, 4))
+    golden, w = PARITY_PARTS["categorical"], U("A/cat/w", (3, 2, 4))
     event = torch.tensor([[0, 1], [2, 3], [1, 0]])
     policy = dreamer_v3.Categoricals(a.flatten(1), (4, 4), 0.01)
     action = one_hot(event, 4).flatten(1)
-    close(policy.log_prob(action), golden["log_prob"], 1e-12)
-    close(policy.entropy(), golden["entropy"], 1e-12)
+    agrees(policy.log_prob(action), golden["log_prob"], 1e-12)
+    agrees(policy.entropy(), golden["entropy"], 1e-12)
     plain = dreamer_v3.Categoricals(a.flatten(1), (4, 4), 0.0).log_prob(action)
-    close(plain, golden["log_prob_plain"], 1e-12)
+    agrees(plain, golden["log_prob_plain"], 1e-12)
     a.requires_grad_(), b.requires_grad_()
     log_a, log_b = (dreamer_v3.mixed_log_probs(x, 0.01) for x in (a, b))
     kl = dreamer_v3.categorical_kl(log_a, log_b)
-    close(kl, golden["kl"], 1e-12)
+    agrees(kl, golden["kl"], 1e-12)
     grads = torch.autograd.grad(kl.clamp(min=1).sum(), (a, b), retain_graph=True)
     for grad, expected in zip(grads, golden["grad_kl"], strict=True):
         close_sums(checksum(grad), expected, 1e-11)
@@ -494,12 +2602,14 @@ def test_normal(float64):
     raw = []
     for name in ("mean", "stddev"):
         path = f"A_normal/action/{name}"
-        raw.append(x @ fill(f"{path}/kernel", (8, 2)) + fill(f"{path}/bias", (2,)))
-    policy, golden = dreamer_v3.BoundedNormals(*raw), PARTS["normal"]
+        raw.append(
+            x @ fill_parameter(f"{path}/kernel", (8, 2)) + fill_parameter(f"{path}/bias", (2,))
+        )
+    policy, golden = dreamer_v3.BoundedNormals(*raw), PARITY_PARTS["normal"]
     for name, ours in (("mean", policy.mean), ("std", policy.std)):
         close_sums(checksum(ours), golden[name], 1e-12)
-    close(policy.log_prob(event), golden["log_prob"], 1e-11)
-    close(policy.entropy(), golden["entropy"], 1e-11)
+    agrees(policy.log_prob(event), golden["log_prob"], 1e-11)
+    agrees(policy.entropy(), golden["entropy"], 1e-11)
 
 
 def test_lambda_return(float64):
@@ -511,10 +2621,10 @@ def test_lambda_return(float64):
     last[[0, 1, 2], [3, 2, 7]] = terminal[0, 3] = 1
     cont = (1 - terminal) * (1 - 1 / 333)
     returns = dreamer_v3.lambda_return(reward, boot, cont, last, 0.95)
-    close_sums(checksum(returns), PARTS["lambda_return"]["replay"], 1e-12)
+    close_sums(checksum(returns), PARITY_PARTS["lambda_return"]["replay"], 1e-12)
     soft = torch.sigmoid(2 + unit("A/lam/con", 24)).float().double().reshape(shape)
     returns = dreamer_v3.lambda_return(reward, value, soft, torch.zeros(shape), 0.95)
-    close_sums(checksum(returns), PARTS["lambda_return"]["imagined"], 1e-12)
+    close_sums(checksum(returns), PARITY_PARTS["lambda_return"]["imagined"], 1e-12)
 
 
 LAYERS = {  # our layer, the authors' name, shapes of kernel and input, name of the input
@@ -534,7 +2644,7 @@ def test_layer(name, float64):
     y = layer(x)
     grads = gradients(y, x, layer.weight, layer.bias)
     grads = [grads[0], official_layout(grads[1]), grads[2]]
-    for ours, theirs in zip([y, *grads], PARTS[name], strict=True):
+    for ours, theirs in zip([y, *grads], PARITY_PARTS[name], strict=True):
         close_sums(checksum(ours), theirs, 1e-12)
 
 
@@ -543,7 +2653,7 @@ def test_rmsnorm(float64):
     norm = dreamer_v3.RMSNorm(8)
     fill_params({"A_rms/scale": norm.scale})
     y = norm(U("A/rmsnorm/x", (3, 8), 2.0))[0, :4]
-    close(y, torch.nn.functional.silu(torch.tensor(PARTS["rmsnorm"])), 1e-12)
+    agrees(y, torch.nn.functional.silu(torch.tensor(PARITY_PARTS["rmsnorm"])), 1e-12)
 
 
 def test_pooling_shares_gradients_among_ties(float64):
@@ -557,13 +2667,13 @@ def test_pooling_shares_gradients_among_ties(float64):
     image = torch.cat([half, half.flip(3)], 3).repeat_interleave(2, 2).repeat_interleave(2, 3)
     encoder({"image": image}).square().sum().backward()
     grad = encoder.convs[0].weight.grad
-    close(grad, grad.flip(3), 1e-6, grad.abs().mean().item())
+    agrees(grad, grad.flip(3), 1e-6, grad.abs().mean().item())
 
 
 @pytest.mark.parametrize("kind, width", [("disc", 5), ("cont", 2)])
 def test_rssm(kind, width, float64, most_likely):
     """One step of the sequence model with its gradients, the prior, and one filtering step."""
-    rssm, golden = dreamer_v3.RSSM(width, 24, 32, 16, 4, 4, 4, 0.01), PARTS[f"core_{kind}"]
+    rssm, golden = dreamer_v3.RSSM(width, 24, 32, 16, 4, 4, 4, 0.01), PARITY_PARTS[f"core_{kind}"]
     params = official_params(torch.nn.ModuleDict({"rssm": rssm}), SPACES["C"])
     fill_params(params)
     deter = U("A/core/deter", (3, 32), 0.5).requires_grad_()
@@ -589,7 +2699,7 @@ def test_rssm(kind, width, float64, most_likely):
 
 def test_behaviour_losses(float64):
     """Actor and critic losses and the return range on given network outputs."""
-    H, N, golden = 5, 4, PARTS["imag_loss"]
+    H, N, golden = 5, 4, PARITY_PARTS["imag_loss"]
     bins = dreamer_v3.twohot_bins()
     slope = lambda m: -1.5 * (torch.arange(255.0) - 127 - m).abs() * 20 / 127
     shaped = lambda name, m: (unit(name, N * 6 * 255).reshape(N, 6, 255) + slope(m)).float()
@@ -615,7 +2725,7 @@ def test_behaviour_losses(float64):
     losses, returns, _ = dreamer_v3.actor_critic_loss(model, feat, action, Args())
     for name, ours in (("returns", returns), *losses.items()):
         close_sums(checksum(ours), golden[name], 1e-9)  # rewards of 1 from bins of 2e4
-    close(model.return_range, golden["range"], 1e-9)
+    agrees(model.return_range, golden["range"], 1e-9)
     for name, x in (("actor", policy), ("critic", value)):
         (grad,) = torch.autograd.grad(losses[name].sum(), x)
         close_sums(checksum(grad), golden[f"grad_{name}"], 1e-9)
@@ -634,7 +2744,7 @@ def test_optimizer(warmup, float64):
             if k < 2:
                 p.grad = U(f"A/opt/g{k}/{i}", tuple(p.shape), amp)
         step_as_authors(optimizer.step, optimizer, i, 1e-2, warmup)
-    for p, expected in zip(params, PARTS[f"optimizer{warmup}"], strict=True):
+    for p, expected in zip(params, PARITY_PARTS[f"optimizer{warmup}"], strict=True):
         close_sums(checksum(p), expected, 1e-12)
 
 
@@ -642,7 +2752,7 @@ def test_warmup_rates():
     """The authors' float32 learning rates, which `step_as_authors` follows."""
     expected = {1: 3.9999484613417735e-08, 2: 7.999896922683547e-08, 3: 1.20000834158418e-07}
     for update, rate in ({0: 0.0} | expected).items():
-        close(authors_rate(update, 4e-5, 1000), rate, 1e-15)
+        agrees(authors_rate(update, 4e-5, 1000), rate, 1e-15)
 
 
 @pytest.mark.parametrize("size", dreamer_v3.SIZES)
@@ -1125,7 +3235,7 @@ CONTEXT = {
     },
     "deter": [9.03924484336, 7.85837124963], "stoch": [9.16515138991, -11.2288538107],
 }
-PARTS = {
+PARITY_PARTS = {
     "bins": [
         -23829.9433861177, -0.170557715280186, 0.0, 0.170557715280186, 414473535.055982,
         485165194.40979,
