@@ -33,6 +33,7 @@ evaluation, checkpoint, 14 main.
 
 import contextlib
 import copy
+import ctypes
 import datetime
 import functools
 import importlib
@@ -78,9 +79,12 @@ class Args:
     # Use only deterministic torch kernels: slower; equal seeds give equal runs on a GPU too.
     torch_deterministic: bool = False
     cuda: bool = True  # Train on the GPU if there is one; otherwise on the CPU.
-    # Type of matrix products and convolutions; auto: bfloat16 on a GPU, float32 on a CPU. All else
+    # Type of matrix products and convolutions; auto: bfloat16 on a GPU and on CPUs that have it. All else
     # is float32: parameters, norms, distributions, losses, optimizer.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Fuse the networks' elementwise work with torch.compile: the first update takes up to a minute
+    # longer, the others a fraction of the time. Without a compiler, training runs without it.
+    compile: bool = True
     run_dir: str = "runs"  # The run makes its own folder <env>__<exp>__<seed>__<time> in this one.
     track: bool = False  # Log to Weights & Biases too (pip install wandb).
     wandb_project_name: str = "dreamer_v3"  # Project of Weights & Biases.
@@ -380,6 +384,29 @@ class UpConv(Conv):
         return x.permute(0, 1, 3, 2, 4, 5).flatten(1, 2).flatten(2, 3)
 
 
+class MaxPool(torch.autograd.Function):
+    """2x2 max-pool, (n, 2h, 2w, c) -> (n, h, w, c), that shares the gradient among equal entries.
+
+    The reference does so and max_pool2d does not: flat regions of an image tie everywhere. (`amax`
+    does too, in four times the time.)
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        a, b, c, d = (x[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
+        y = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (n, h, 2, w, 2, c)
+        hit = (x == y[:, :, None, :, None]).to(grad.dtype)
+        share = grad / hit.sum((2, 4))
+        return (hit * share[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-4) * scale over the last axis, then SiLU; always in float32."""
 
@@ -449,10 +476,7 @@ class Encoder(nn.Module):
         if "image" in obs:
             x = obs["image"].flatten(0, 1) / 255 - 0.5  # (B*T, h, w, C)
             for conv, norm in zip(self.convs, self.norms, strict=True):
-                # 2x2 max-pool. amax shares the gradient evenly among equal entries, as the
-                # reference does and max_pool2d does not: flat regions of an image tie everywhere.
-                x = conv(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).amax((2, 4))
-                x = norm(x)
+                x = norm(MaxPool.apply(conv(x)))
             embed.append(x.flatten(1).unflatten(0, obs["image"].shape[:2]))
         return torch.cat(embed, -1)
 
@@ -682,8 +706,9 @@ class RSSM(nn.Module):
                 inputs[name].append(x.detach())
         return [torch.stack(x, 1) for x in zip(*states, strict=True)]
 
-    def imagine_step(self, deter, stoch, action, uniform, weights):
+    def imagine_step(self, deter, stoch, action, weights):
         """One step without observation: deter (N, D), stoch (N, S, K), action (N, A) -> both."""
+        uniform = torch.rand(stoch.shape[:2], device=stoch.device)
         base = self.biases() | {"hidden_embeds": self.action_part(action)}
         product = lambda name, x: x.to(weights[name].dtype) @ weights[name] + base[name]
         deter = self.sequence_model(deter, stoch, product)
@@ -731,6 +756,16 @@ class Dreamer(nn.Module):
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
+
+    def choose(self, deter, stoch):
+        """Features (N, F) of a state, and the actor's choice in it (N, A)."""
+        feat = self.rssm.feat(deter, stoch)
+        return feat, self.actor(feat).sample()
+
+    def imagine_step(self, deter, stoch, action, weights):
+        """Carry out `action`, choose the next one: deter, stoch, feat (N, F), action (N, A)."""
+        deter, stoch = self.rssm.imagine_step(deter, stoch, action, weights)
+        return deter, stoch, *self.choose(deter, stoch)
 
 
 def world_model_loss(model, batch, args):
@@ -782,13 +817,12 @@ def imagine(model, deter, stoch, horizon):
         reward     -    r1  ...   rH      predicted from s[t]: received on arriving there
     """
     weights = model.rssm.weights()
-    feats, actions = [], []
-    for t in range(horizon + 1):
-        if t > 0:
-            uniform = torch.rand(stoch.shape[:2], device=stoch.device)
-            deter, stoch = model.rssm.imagine_step(deter, stoch, actions[-1], uniform, weights)
-        feats.append(model.rssm.feat(deter, stoch))
-        actions.append(model.actor(feats[-1]).sample())
+    feat, action = model.choose(deter, stoch)
+    feats, actions = [feat], [action]
+    for _ in range(horizon):
+        deter, stoch, feat, action = model.imagine_step(deter, stoch, action, weights)
+        feats.append(feat)
+        actions.append(action)
     return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
@@ -928,6 +962,17 @@ class LaProp:
 # ---- 10. Agent -----------------------------------------------------------------------------------
 
 
+def compiler_works(device):
+    """Whether torch.compile can build for this device; says why not."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        print(f"torch.compile does not work here, going on without it: {reason}")
+        return False
+
+
 class Agent:
     """The networks with their optimizer: `act` in the environment, `train_step` on replay.
 
@@ -943,6 +988,15 @@ class Agent:
             for module in self.model.modules():
                 if isinstance(module, (Linear, Conv, BlockLinear)):
                     module.to(dtype)
+        self.fuse = lambda function: function
+        if args.compile and compiler_works(self.device):
+            # The pieces, not the loops over time around them: unrolled, those take minutes.
+            self.fuse = functools.cache(functools.partial(torch.compile, dynamic=False))
+            model, rssm = self.model, self.model.rssm
+            model.encoder.forward = self.fuse(model.encoder.forward)
+            model.decoder.forward = self.fuse(model.decoder.forward)
+            rssm.observe_step = self.fuse(rssm.observe_step)
+            model.imagine_step = self.fuse(model.imagine_step)
         trained = [(p, x) for p, x in self.pairs() if p.requires_grad]
         self.optimizer = LaProp(*zip(*trained, strict=True), args)
 
@@ -955,6 +1009,7 @@ class Agent:
         deter, stoch = self.model.rssm.initial(num_envs)
         return deter, stoch, deter.new_zeros(num_envs, self.spaces.action_width)
 
+    @torch.compiler.set_stance("force_eager")  # too small to be worth compiling
     @torch.no_grad()
     def act(self, obs, is_first, carry, greedy=False):
         """One decision for n environments: obs dict of (n, ...), is_first (n,), carry -> new carry.
@@ -981,7 +1036,8 @@ class Agent:
         losses, deter, stoch, metrics = world_model_loss(model, batch, args)
         starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)  # (N, ...)
         feat, action = imagine(model, *starts, args.imag_horizon)
-        behaviour, returns, behaviour_metrics = actor_critic_loss(model, feat, action, args)
+        behave = self.fuse(actor_critic_loss)
+        behaviour, returns, behaviour_metrics = behave(model, feat, action, args)
         bootstrap = returns[:, 0].unflatten(0, deter.shape[:2])  # (B, T)
         losses |= behaviour
         feat = model.rssm.feat(deter, stoch)  # with gradient into the world model
@@ -1476,7 +1532,14 @@ def check_args(args):
 def choose_device(args):
     """The device, and the type of its matrix products."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    auto = "bfloat16" if device.type == "cuda" else "float32"
+    fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    auto = "bfloat16" if fast else "float32"
+    libc, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1
+    if device.type == "cpu" and hasattr(libc, "mallopt"):
+        # glibc gives large blocks back to the system when they are freed. Getting them again costs
+        # a page fault every 4 kB: half of an update's time. Keep them instead.
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
     return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
 

@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -43,6 +44,7 @@ torch.set_num_threads(1)
 EXACT = dict(rtol=1e-9, atol=1e-9)
 
 TINY = dict(
+    compile=False,
     cuda=False, size="1m", deter=32, hidden=16, units=16, classes=4, depth=2, stoch=3, blocks=4,
     batch_size=2, batch_length=4, imag_horizon=2, warmup_updates=0, learning_rate=1e-3,
     eval_every=0, eval_episodes=0, num_envs=1, total_timesteps=40, buffer_size=1000,
@@ -1285,6 +1287,47 @@ def test_equal_seeds_give_equal_runs(tmp_path):
     assert first == second != other
 
 
+def updates_by_name(compile, dtype=torch.float32):
+    """Metrics of three updates of the same agent on the same batch, by name."""
+    torch.manual_seed(0)
+    agent = Agent(tiny(compile=compile), MIXED, dtype=dtype)
+    batch = make_batch(MIXED, agent.args)
+    runs = [agent.update(batch)[0] for _ in range(3)]
+    return {f"{name} {i}": float(x) for i, run in enumerate(runs) for name, x in run.items()}
+
+
+@pytest.fixture
+def no_randomness(monkeypatch):
+    """Samples of categoricals are the most likely class."""
+    monkeypatch.setattr(dreamer_v3, "sample_class", lambda probs, uniform: probs.argmax(-1))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_eager(no_randomness):
+    """The compiled pieces compute what the eager ones do, up to the rounding of float32."""
+    eager, compiled = updates_by_name(False), updates_by_name(True)
+    assert compiled.keys() == eager.keys()
+    for name in eager:
+        assert compiled[name] == pytest.approx(eager[name], rel=1e-3, abs=1e-5), name
+
+
+def test_bfloat16_is_near_float32(no_randomness):
+    """Losses computed with bfloat16 matrices stay within 3%, beyond a rounding of 0.01."""
+    exact, rounded = updates_by_name(False), updates_by_name(False, torch.bfloat16)
+    for name in exact:
+        if name.startswith("losses/") and "actor" not in name and "clipped" not in name:
+            assert rounded[name] == pytest.approx(exact[name], rel=0.03, abs=0.01), name
+
+
+def test_no_compiler(monkeypatch, capsys):
+    """Without a compiler, one line says so and the agent trains all the same."""
+    message = "no working C++ compiler\nand much more"
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: (_ for _ in ()).throw(OSError(message)))
+    agent = Agent(tiny(compile=True), MIXED)
+    assert capsys.readouterr().out.count("\n") == 1
+    agent.update(make_batch(MIXED, agent.args))
+
+
 # ---- D. Spaces -----------------------------------------------------------------------------------
 
 
@@ -2346,7 +2389,7 @@ def initial_carry(case, run, model):
 def make_args(case, **options):
     """The authors' configuration of a case. Their actor mixes in no uniform distribution."""
     net = dict(size="1m") if case == "B1m" else PARITY_SIZES
-    return Args(**net, actor_unimix=0.0, **options)
+    return Args(**net, actor_unimix=0.0, compile=False, **options)
 
 
 def official_agent(case, run="zero", **options):
