@@ -37,6 +37,7 @@ import ctypes
 import datetime
 import functools
 import importlib
+import itertools
 import json
 import math
 import operator
@@ -76,11 +77,11 @@ class Args:
 
     exp_name: str = "dreamer_v3"  # Name of the experiment, part of the run directory's name.
     seed: int = 1  # Seed of environments, networks, sampling and replay.
-    # Use only deterministic torch kernels: slower; equal seeds give equal runs on a GPU too.
+    # Prefer deterministic torch kernels: slower; equal seeds give more nearly equal runs on a GPU.
     torch_deterministic: bool = False
     cuda: bool = True  # Train on the GPU if there is one; otherwise on the CPU.
-    # Type of matrix products and convolutions; auto: bfloat16 on a GPU and on CPUs that have it. All else
-    # is float32: parameters, norms, distributions, losses, optimizer.
+    # Type of matrix products and convolutions; auto: bfloat16 on a GPU and on CPUs that have it.
+    # All else is float32: parameters, norms, distributions, losses, optimizer.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Fuse the networks' elementwise work with torch.compile: the first update takes up to a minute
     # longer, the others a fraction of the time. Without a compiler, training runs without it.
@@ -313,7 +314,7 @@ TRUNCATED_STD = 0.8796256610342398
 
 
 def init_(layer, fan_in, outscale=1.0):
-    """Weight: normal of variance 1/fan_in cut off at two deviations, times `outscale` [D3]. Bias: 0."""
+    """Weight: normal cut off at two deviations, variance outscale^2 / fan_in. [D3] Bias: 0."""
     nn.init.trunc_normal_(layer.weight, std=1.0, a=-2.0, b=2.0)
     layer.weight.data.mul_(outscale * fan_in**-0.5 / TRUNCATED_STD)
     nn.init.zeros_(layer.bias)
@@ -359,41 +360,57 @@ class Conv(nn.Conv2d):
         return super().forward(x.to(self.weight.dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+# A 5x5 convolution of a large image is a 3x3 convolution of one of half its size that has a set of
+# channels for each of the 2x2 phases of a pixel: along an axis, weight k (0 ... 4) of output 2i + p
+# meets input 2(i + j - 1) + u, and PHASES[p, j, u, k] is 1 where that is so. Exact, at borders too.
+PHASES = torch.zeros(2, 3, 2, 5)
+for p, k in itertools.product(range(2), range(5)):
+    PHASES[p, (p + k) // 2, (p + k) % 2, k] = 1
+
+
+class PoolConv(Conv):
+    """Conv, then 2x2 max-pool: (n, 2h, 2w, in) -> (n, h, w, out)."""
+
+    def forward(self, x):
+        if self.in_channels > 16:
+            x = super().forward(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+            return MaxPool.apply(x.transpose(2, 3))
+        # Convolutions of few channels are slow: take phases as channels, on both sides.
+        (n, h, w, in_dim), out_dim = x.shape, self.out_channels
+        phases = PHASES.to(self.weight)
+        weight = torch.einsum("pauk,qbvl,oikl->pqouviab", phases, phases, self.weight)
+        weight = weight.reshape(4 * out_dim, 4 * in_dim, 3, 3)
+        x = x.to(weight.dtype).view(n, h // 2, 2, w // 2, 2, in_dim).transpose(2, 3)
+        x = x.reshape(n, h // 2, w // 2, 4 * in_dim).permute(0, 3, 1, 2)
+        x = F.conv2d(x, weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
+        return MaxPool.apply(x.unflatten(-1, (2, 2, -1)))
+
+
 class UpConv(Conv):
     """Upsampling by 2 (nearest neighbour), then Conv: (n, h, w, in) -> (n, 2h, 2w, out).
 
-    Along an axis, output 2i + p reads inputs i-1, i, i+1 only, so this is a 3x3 convolution of the
-    small image with one set of outputs for each of the 2x2 phases p. Its weights are sums of the
-    5x5 weights, exactly, at the borders too; it takes 2.8 times fewer multiplications.
+    Equal inputs meet sums of weights: 2.8 times fewer multiplications than at full size.
     """
 
-    # Which of the 5 weights meets inputs i-1, i, i+1: phase 0 [01, 23, 4], phase 1 [0, 12, 34].
-    TAPS = (((1, 1, 0, 0, 0), (0, 0, 1, 1, 0), (0, 0, 0, 0, 1)),
-            ((1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 1, 1)))  # fmt: skip
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__(in_channels, out_channels)
-        self.register_buffer("taps", torch.tensor(self.TAPS).float(), persistent=False)
-
     def forward(self, x):
-        taps = self.taps.to(self.weight.dtype)
-        weight = torch.einsum("pak,qbl,oikl->pqoiab", taps, taps, self.weight).flatten(0, 2)
-        x = x.to(self.weight.dtype).permute(0, 3, 1, 2)
+        phases = PHASES.sum(2).to(self.weight)
+        weight = torch.einsum("pak,qbl,oikl->pqoiab", phases, phases, self.weight).flatten(0, 2)
+        x = x.to(weight.dtype).permute(0, 3, 1, 2)
         x = F.conv2d(x, weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
         x = x.unflatten(-1, (2, 2, -1))  # (n, h, w, p, q, out)
         return x.permute(0, 1, 3, 2, 4, 5).flatten(1, 2).flatten(2, 3)
 
 
 class MaxPool(torch.autograd.Function):
-    """2x2 max-pool, (n, 2h, 2w, c) -> (n, h, w, c), that shares the gradient among equal entries.
+    """Maximum of 2x2 neighbours, (n, h, w, 2, 2, c) -> (n, h, w, c), for PoolConv.
 
-    The reference does so and max_pool2d does not: flat regions of an image tie everywhere. (`amax`
-    does too, in four times the time.)
+    Equal neighbours share the gradient evenly, as in the reference: flat regions of an image tie
+    everywhere. (max_pool2d gives all to one; `amax` shares, but takes longer.)
     """
 
     @staticmethod
     def forward(ctx, x):
-        a, b, c, d = (x[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
+        a, b, c, d = (x[:, :, :, i, j] for i in (0, 1) for j in (0, 1))
         y = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
         ctx.save_for_backward(x, y)
         return y
@@ -401,10 +418,8 @@ class MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (n, h, 2, w, 2, c)
-        hit = (x == y[:, :, None, :, None]).to(grad.dtype)
-        share = grad / hit.sum((2, 4))
-        return (hit * share[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
+        hit = (x == y[:, :, :, None, None]).to(grad.dtype)
+        return hit * (grad / hit.sum((3, 4)))[:, :, :, None, None]
 
 
 class RMSNorm(nn.Module):
@@ -463,7 +478,7 @@ class Encoder(nn.Module):
             self.embed_dim += units
         if spaces.channels:
             widths = [spaces.channels] + [depth * factor for factor in CHANNEL_FACTORS]
-            self.convs = nn.ModuleList(map(Conv, widths[:-1], widths[1:]))
+            self.convs = nn.ModuleList(map(PoolConv, widths[:-1], widths[1:]))
             self.norms = nn.ModuleList(map(RMSNorm, widths[1:]))
             self.embed_dim += widths[-1] * FINAL_SIZE**2
 
@@ -476,7 +491,7 @@ class Encoder(nn.Module):
         if "image" in obs:
             x = obs["image"].flatten(0, 1) / 255 - 0.5  # (B*T, h, w, C)
             for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = norm(MaxPool.apply(conv(x)))
+                x = norm(conv(x))
             embed.append(x.flatten(1).unflatten(0, obs["image"].shape[:2]))
         return torch.cat(embed, -1)
 
@@ -587,8 +602,8 @@ class RSSM(nn.Module):
         return zeros(batch_size, self.deter_dim), zeros(batch_size, *self.stoch_shape)
 
     def feat(self, deter, stoch):
-        """The model state s = {h, z} as the heads see it: (..., F)."""
-        return torch.cat([deter, stoch.flatten(-2)], -1)
+        """The model state s = {h, z} as the heads see it, in the type they compute in: (..., F)."""
+        return torch.cat([deter, stoch.flatten(-2)], -1).to(self.gru.weight.dtype)
 
     # Every block of the hidden layer sees its own slice of h and the embeddings of h, z and a [D7].
     # A linear layer of joined inputs is the sum of one linear layer each. So what the loop need not
@@ -637,10 +652,9 @@ class RSSM(nn.Module):
         product(name, x) is x @ weights[name] + base, where the base of "hidden_embeds" is the
         action's share and the others are the biases.
         """
-        split = lambda x: x.unflatten(-1, (self.blocks, -1)).transpose(
-            0, 1
-        )  # (B, D) -> (G, B, D/G)
-        merge = lambda x: x.transpose(0, 1).flatten(-2)  # and back
+        # (B, D) -> (G, B, D/G), and back
+        split = lambda x: x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
+        merge = lambda x: x.transpose(0, 1).flatten(-2)
         embeds = [
             self.deter_in[1](product("deter_in", deter)),
             self.stoch_in[1](product("stoch_in", stoch.flatten(-2))),
@@ -661,7 +675,7 @@ class RSSM(nn.Module):
         return sample_one_hot(mixed_log_probs(logits, self.unimix).exp(), uniform)
 
     def observe_step(self, deter, stoch, keep, uniform, base, weights):
-        """One step of `observe`: the new deter and stoch, the logits, the inputs of the products."""
+        """One step of `observe`: new deter and stoch, the logits, the inputs of the products."""
         inputs = {}
 
         def product(name, x):
@@ -715,7 +729,7 @@ class RSSM(nn.Module):
         return deter, self.sample(self.prior(deter), uniform)
 
 
-# ---- 7. World model (paper: World model learning, Eq. 2-3) ---------------------------------------
+# ---- 7. All networks; the world model's loss (paper: World model learning, Eq. 2-3) --------------
 
 
 class Actor(nn.Module):
@@ -783,7 +797,7 @@ def world_model_loss(model, batch, args):
     # L_pred. The discount is part of the continue flag; imagination then needs no other. [D12]
     losses = model.decoder.losses(model.decoder(deter, stoch), batch["obs"])
     losses["reward"] = twohot_loss(model.reward(feat), batch["reward"], model.bins)
-    cont = (1 - batch["is_terminal"].to(feat.dtype)) * args.gamma
+    cont = (1 - batch["is_terminal"].to(deter.dtype)) * args.gamma
     cont_logit = f32(model.cont(feat)).squeeze(-1)
     losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
 
@@ -900,8 +914,8 @@ def replay_critic_loss(model, feat, bootstrap, batch, args):
     feat (B, T, F) with gradient; bootstrap (B, T), the imagined return from each state. Rewards and
     ends are the real ones. The last step of an episode has no return of its own.
     """
-    last = batch["is_last"].to(feat.dtype)
-    cont = (1 - batch["is_terminal"].to(feat.dtype)) * args.gamma
+    last = batch["is_last"].to(bootstrap.dtype)
+    cont = (1 - batch["is_terminal"].to(bootstrap.dtype)) * args.gamma
     returns = lambda_return(batch["reward"], bootstrap, cont, last, args.return_lambda)
     with torch.no_grad():
         slow_value = twohot_mean(model.slow_critic(feat), model.bins)
@@ -1398,8 +1412,9 @@ class Logger:
         self.rate = steps / seconds
         text = f"step {step:,}/{self.total:,}  {self.rate:.1f} steps/s  "
         text += f"{trained / seconds:.2f} updates/s  "
-        left = (self.total - step) / self.rate if steps else math.inf
-        text += f"{datetime.timedelta(seconds=int(left))} left  " if left < 1e9 else ""
+        if trained:  # before the first updates, the speed says nothing
+            left = (self.total - step) / self.rate
+            text += f"{datetime.timedelta(seconds=int(left))} left  "
         if self.returns:
             text += f"return {self.returns[-1]:.1f}, mean {np.mean(self.returns):.1f}"
         self.show(text, end="" if self.terminal else "\n")
@@ -1561,7 +1576,9 @@ def describe(args, agent, replay, folder, dtype):
     print(f"device       {device}, {str(dtype).removeprefix('torch.')}")
     print(f"schedule     {ratio:.3g} updates a step, {args.total_timesteps * ratio:,.0f} in all")
     if cpu:
-        print("             an update takes seconds on a CPU; the status line shows the time left")
+        print("             slow on a CPU: the status line shows the time left once updates begin")
+    if args.compile and ratio:
+        print("             the first update compiles, for up to a minute")
     print(f"run          {folder}", flush=True)
 
 
@@ -1570,7 +1587,7 @@ def main(args):
     check_args(args)
     device, dtype = choose_device(args)
     torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
         return evaluate_checkpoint(args, device, dtype)
 

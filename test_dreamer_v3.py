@@ -683,7 +683,8 @@ def expected_std(name, module):
 
 def check_initialisation():
     """Spread and cut of every weight, zero biases, unit scales, heads that start at zero."""
-    seen, layers = Counter(), (dreamer_v3.Linear, dreamer_v3.Conv, dreamer_v3.BlockLinear)
+    convs = (dreamer_v3.PoolConv, dreamer_v3.UpConv)
+    seen, layers = Counter(), (dreamer_v3.Linear, dreamer_v3.BlockLinear, *convs)
     for spaces in (MIXED, CONTINUOUS):
         for name, module in dreamer_v3.Dreamer(Args(size="1m"), spaces).named_modules():
             if isinstance(module, dreamer_v3.RMSNorm):
@@ -722,25 +723,20 @@ def ref_pool(x):
 def check_encoder():
     """Values, and the gradient through the pooling where maxima tie, in flat regions."""
     model, batch = make_agent(MIXED).model, make_batch(MIXED, tiny(), 2, 3)
-    image, seen, expected = batch["obs"]["image"], [], []
+    image = batch["obs"]["image"]
     image[:, :, :40] = 77
-    hooks = [
-        conv.register_forward_hook(lambda *x: seen.append(x[2])) for conv in model.encoder.convs
-    ]
     embed = model.encoder(batch["obs"])
-    for hook in hooks:
-        hook.remove()
     vector = np.vectorize(ref_symlog)(to_numpy(batch["obs"]["vector"]))
     vector[..., 4:9] = to_numpy(batch["obs"]["vector"])[..., 4:9]
     x = image.flatten(0, 1).double() / 255 - 0.5
     for conv, norm in zip(model.encoder.convs, model.encoder.norms, strict=True):
-        expected.append(ref_conv(conv, x))
-        x = torch_norm_silu(ref_pool(expected[-1]), norm)
+        x = torch_norm_silu(ref_pool(ref_conv(conv, x)), norm)
     x = x.flatten(1).unflatten(0, (2, 3))
     close(embed, np.concatenate([ref_mlp(model.encoder.mlp, vector), to_numpy(x)], -1))
     weight = torch.randn_like(x)
-    actual = torch.autograd.grad((embed[..., -x.shape[-1] :] * weight).sum(), seen[:4])
-    for g, e in zip(actual, torch.autograd.grad((x * weight).sum(), expected), strict=True):
+    wrt = [conv.weight for conv in model.encoder.convs]
+    actual = torch.autograd.grad((embed[..., -x.shape[-1] :] * weight).sum(), wrt)
+    for g, e in zip(actual, torch.autograd.grad((x * weight).sum(), wrt), strict=True):
         close(g, to_numpy(e), rtol=1e-8, atol=1e-8 * float(e.abs().max()))
 
 
@@ -1285,6 +1281,30 @@ def test_equal_seeds_give_equal_runs(tmp_path):
         run_metrics(tmp_path / str(i), seed) for i, seed in enumerate((1, 1, 2))
     )
     assert first == second != other
+
+
+@in_float64
+def check_resizing(in_channels=3):
+    """Outputs and gradients are those of a 5x5 convolution beside a pooling or an upsampling."""
+    x = torch.randint(-2, 3, (2, 6, 10, in_channels)).double().requires_grad_()  # with ties
+    up, pool = dreamer_v3.UpConv(in_channels, 5), dreamer_v3.PoolConv(in_channels, 5)
+    large = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    pooled = dreamer_v3.Conv.forward(pool, x).unflatten(2, (5, 2)).unflatten(1, (3, 2)).amax((2, 4))
+    for layer, expected in ((up, dreamer_v3.Conv.forward(up, large)), (pool, pooled)):
+        cotangent = torch.randn_like(expected)
+        wrt = (x, layer.weight, layer.bias)
+        close(layer(x), expected.detach())
+        actual = torch.autograd.grad((layer(x) * cotangent).sum(), wrt)
+        for a, b in zip(
+            actual, torch.autograd.grad((expected * cotangent).sum(), wrt), strict=True
+        ):
+            close(a, b)
+
+
+@pytest.mark.parametrize("in_channels", [3, 20])
+def test_resizing_convolutions(in_channels):
+    """Both ways of PoolConv: phases for few channels, the plain order for many."""
+    check_resizing(in_channels)
 
 
 def updates_by_name(compile, dtype=torch.float32):
@@ -1916,15 +1936,10 @@ def no_gradient_through_time(original, self, embed, prev_action, is_first, deter
     return [torch.cat(x, 1) for x in zip(*result, strict=True)]
 
 
-def max_pool(original, self, obs):
+def max_pool(original, self, x):
     """max_pool2d gives the whole gradient to one of equal entries."""
-    x = obs["image"].flatten(0, 1).to(self.norms[0].scale.dtype) / 255 - 0.5
-    for conv, norm in zip(self.convs, self.norms, strict=True):
-        x = norm(F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
-    width = x[0].numel()
-    return torch.cat(
-        [original(self, obs)[..., :-width], x.flatten(1).unflatten(0, obs["image"].shape[:2])], -1
-    )
+    x = dreamer_v3.Conv.forward(self, x).permute(0, 3, 1, 2)
+    return F.max_pool2d(x, 2).permute(0, 2, 3, 1)
 
 
 def reward_shifted(original, reward, value, cont, last, lam):
@@ -2095,7 +2110,7 @@ MUTATIONS = {
         check_observe_gradient,
     ),
     "no update bias": (function("imagine", no_update_bias), check_cell),
-    "max-pool without ties": (method("Encoder", "forward", max_pool), check_encoder),
+    "max-pool without ties": (method("PoolConv", "forward", max_pool), check_resizing),
     "vectors without symlog": (function("symlog", lambda f, x: x), check_encoder),
     "reward shifted": (function("lambda_return", reward_shifted), check_actor_critic),
     "value not shifted": (function("lambda_return", value_not_shifted), check_actor_critic),
