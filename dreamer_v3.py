@@ -372,10 +372,12 @@ class PoolConv(Conv):
     """Conv, then 2x2 max-pool: (n, 2h, 2w, in) -> (n, h, w, out)."""
 
     def forward(self, x):
-        if self.in_channels > 16:
+        if self.in_channels > 4:
             x = super().forward(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
             return MaxPool.apply(x.transpose(2, 3))
-        # Convolutions of few channels are slow: take phases as channels, on both sides.
+        # Convolutions of few channels are slow: take phases as channels, on both sides. Rounding may
+        # then break ties between equal outputs, but an image needs no gradient, and the weight's
+        # is the same whichever of them has it.
         (n, h, w, in_dim), out_dim = x.shape, self.out_channels
         phases = PHASES.to(self.weight)
         weight = torch.einsum("pauk,qbvl,oikl->pqouviab", phases, phases, self.weight)
