@@ -37,6 +37,7 @@ import ctypes
 import datetime
 import functools
 import importlib
+import io
 import itertools
 import json
 import math
@@ -375,9 +376,9 @@ class PoolConv(Conv):
         if self.in_channels > 4:
             x = super().forward(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
             return MaxPool.apply(x.transpose(2, 3))
-        # Convolutions of few channels are slow: take phases as channels, on both sides. Rounding may
-        # then break ties between equal outputs, but an image needs no gradient, and the weight's
-        # is the same whichever of them has it.
+        # Convolutions of few channels are slow: take phases as channels, on both sides. Rounding
+        # may then break ties between equal outputs, but an image needs no gradient, and that of
+        # the weight is the same whichever of them has it.
         (n, h, w, in_dim), out_dim = x.shape, self.out_channels
         phases = PHASES.to(self.weight)
         weight = torch.einsum("pauk,qbvl,oikl->pqouviab", phases, phases, self.weight)
@@ -1207,7 +1208,6 @@ def make_envs(args, num_envs, video=None):
         import_optional("ale_py", "gymnasium[atari]")  # registers its environments
     mode, wrappers = "async" if args.async_envs else None, None
     if video:  # vector environments do not render: record a single one
-        import_optional("moviepy", "moviepy")
         mode, kwargs["render_mode"] = "sync", "rgb_array"
         wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video), lambda episode: True)]
     elif atari and mode is None:
@@ -1544,6 +1544,12 @@ def check_args(args):
         raise UserError(f"--deter {net['deter']} must be divisible by 8 and --blocks {args.blocks}")
     if not 2 <= net["classes"] <= 256:
         raise UserError(f"--classes must be in [2, 256], not {net['classes']}")
+    if args.evaluate and not args.eval_episodes:
+        raise UserError("--evaluate needs --eval-episodes of at least 1")
+    if args.track:
+        import_optional("wandb", "wandb")
+    if args.capture_video:
+        import_optional("moviepy", "moviepy")
 
 
 def choose_device(args):
@@ -1601,8 +1607,11 @@ def main(args):
     stamp = time.strftime("%Y%m%d-%H%M%S")
     env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
     folder = Path(args.run_dir) / f"{env_name}__{args.exp_name}__{args.seed}__{stamp}"
-    folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    try:
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to --run-dir {args.run_dir}: {error}") from error
     describe(args, agent, replay, folder, dtype)
     logger = Logger(args, folder)
 
@@ -1672,8 +1681,17 @@ def main(args):
 
 def cli():
     """The command line: one line and exit status 2 for what the user can put right."""
+    message = io.StringIO()
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+        with contextlib.redirect_stderr(message):
+            args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    except SystemExit as done:
+        if done.code:  # tyro's message is in a box, with advice below a line
+            text = re.split("─{9,} │|For full helptext", message.getvalue().split("╮", 1)[-1])[0]
+            print("dreamer_v3.py: error:", *re.sub("[│─]", " ", text).split(), file=sys.stderr)
+        sys.exit(done.code)
+    try:
+        main(args)
     except UserError as error:
         print("dreamer_v3.py: error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
