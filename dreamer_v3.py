@@ -1469,9 +1469,10 @@ def evaluate(agent, args, episodes, video=None):
 
 def summary(returns):
     """Mean, spread and range of returns as text."""
-    error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else math.nan
-    text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error), "
-    text += f"median {np.median(returns):.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    text = f"mean {returns.mean():.1f}"
+    if len(returns) > 1:
+        text += f" +- {returns.std(ddof=1) / len(returns) ** 0.5:.1f} (standard error)"
+    text += f", median {np.median(returns):.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
     return f"{text}, {len(returns)} episodes"
 
 
@@ -1521,25 +1522,22 @@ def evaluate_checkpoint(args, device, dtype):
 
 def check_args(args):
     """Raise UserError for numbers that cannot work, alone or together."""
-    net = args.network()
-    starts = args.batch_size * args.batch_length
-    needed = starts + args.num_envs * args.batch_length
     at_least_1 = (
-        "total_timesteps num_envs batch_size batch_length log_every save_every stoch blocks"
+        "total_timesteps num_envs batch_size log_every save_every stoch blocks imag_horizon"
     )
-    at_least_0 = "eval_every eval_episodes train_ratio warmup_updates ent_coef learning_rate"
+    at_least_0 = "eval_every eval_episodes train_ratio warmup_updates learning_rate ent_coef"
     shares = "gamma return_lambda unimix actor_unimix tau return_rate beta1 beta2"
-    low = [(name, 1, math.inf) for name in (at_least_1 + " imag_horizon").split()]
-    low += [(name, 0, math.inf) for name in at_least_0.split()]
-    low += [(name, 0, 1) for name in shares.split()] + [
-        ("buffer_size", needed, math.inf),
-        ("batch_length", 2, math.inf),
-    ]
-    for name, least, most in low:
+    limits = dict.fromkeys(at_least_1.split(), (1, math.inf))
+    limits |= dict.fromkeys(at_least_0.split(), (0, math.inf))
+    limits |= dict.fromkeys(shares.split(), (0, 1))
+    one_batch = (args.batch_size + args.num_envs) * args.batch_length
+    limits |= {"batch_length": (2, math.inf), "buffer_size": (one_batch, math.inf)}
+    for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:
-            limits = f"at least {least}" if most == math.inf else f"in [{least}, {most}]"
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be {limits}, not {getattr(args, name)}")
+            text = f"at least {least}" if most == math.inf else f"in [{least}, {most}]"
+            flag, value = name.replace("_", "-"), getattr(args, name)
+            raise UserError(f"--{flag} must be {text}, not {value}")
+    net = args.network()
     if min(net.values()) < 1 or net["deter"] % args.blocks or net["deter"] % 8:
         raise UserError(f"--deter {net['deter']} must be divisible by 8 and --blocks {args.blocks}")
     if not 2 <= net["classes"] <= 256:
@@ -1557,13 +1555,18 @@ def choose_device(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     auto = "bfloat16" if fast else "float32"
+    return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next update instead of giving it back to the system.
+
+    Getting large blocks again costs a page fault every 4 kB: half of the time of an update.
+    """
     libc, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1
-    if device.type == "cpu" and hasattr(libc, "mallopt"):
-        # glibc gives large blocks back to the system when they are freed. Getting them again costs
-        # a page fault every 4 kB: half of an update's time. Keep them instead.
+    if hasattr(libc, "mallopt"):
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
-    return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
 
 def describe(args, agent, replay, folder, dtype):
@@ -1594,6 +1597,8 @@ def main(args):
     """Train as `args` say, or evaluate. Returns the returns of the last evaluation."""
     check_args(args)
     device, dtype = choose_device(args)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
@@ -1613,6 +1618,8 @@ def main(args):
     except OSError as error:
         raise UserError(f"cannot write to --run-dir {args.run_dir}: {error}") from error
     describe(args, agent, replay, folder, dtype)
+    if args.capture_video:  # fail now rather than at the first evaluation
+        Environments(args, 1, args.seed, video=folder / "videos").envs.close()
     logger = Logger(args, folder)
 
     step = updates = 0
@@ -1630,11 +1637,9 @@ def main(args):
             latents = carry[0].half(), carry[1].argmax(-1), carry[2]
             deter, stoch, action = (x.cpu().numpy() for x in latents)
             action = action * ~is_last[:, None]
-            replay.add(
-                obs
-                | dict(action=action, reward=reward, deter=deter, stoch=stoch)
-                | dict(is_first=is_first, is_last=is_last, is_terminal=is_terminal)
-            )
+            entry = dict(action=action, reward=reward, deter=deter, stoch=stoch)
+            entry |= dict(is_first=is_first, is_last=is_last, is_terminal=is_terminal)
+            replay.add(obs | entry)
             step += n
             envs.send(action)
 
