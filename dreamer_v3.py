@@ -1563,8 +1563,8 @@ def keep_freed_memory():
 
     Getting large blocks again costs a page fault every 4 kB: half of the time of an update.
     """
-    libc, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_max, trim_threshold = -4, -1  # names of glibc's malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
 
@@ -1597,8 +1597,6 @@ def main(args):
     """Train as `args` say, or evaluate. Returns the returns of the last evaluation."""
     check_args(args)
     device, dtype = choose_device(args)
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
@@ -1609,6 +1607,8 @@ def main(args):
     agent = Agent(args, envs.spaces, device, dtype)
     length = -(-min(args.buffer_size, args.total_timesteps + n) // n)
     replay = Replay(length, n, envs.spaces, agent.model.rssm, args)
+    if device.type == "cpu":
+        keep_freed_memory()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
     folder = Path(args.run_dir) / f"{env_name}__{args.exp_name}__{args.seed}__{stamp}"
