@@ -6,7 +6,7 @@ authors' JAX code, github.com/danijar/dreamerv3 at commit e3f0224 ("the referenc
 mark details of it that the paper does not spell out; the README explains them.
 
     python dreamer_v3.py --env-id ALE/MsPacman-v5                       # Atari, as benchmarked
-    python dreamer_v3.py --env-id CartPole-v1 --size 1m --total-timesteps 10000 --train-ratio 512
+    python dreamer_v3.py --env-id CartPole-v1 --size 1m --num-envs 4 --total-timesteps 10000
     python dreamer_v3.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20
 
 Dimensions: B replay batch, T replay time, H imagined steps, N = B*T imagined trajectories, A action
