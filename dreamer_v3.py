@@ -11,7 +11,8 @@ mark details of it that the paper does not spell out; the README explains them.
 
 Dimensions: B replay batch, T replay time, H imagined steps, N = B*T imagined trajectories, A action
 width, E embedding, D deter, S latent variables of K classes, F = D + S*K feature, G blocks of the
-GRU, U units, V two-hot bins, C channels, h and w pixels. Batch comes before time.
+GRU, hidden width of the RSSM's layers, U units of the other ones, V two-hot bins, C channels, h and
+w pixels. Batch comes before time.
 
 Paper to code: x obs; enc(x) embed; a action; h deter; z stoch; s = {h, z} feat; r reward; c cont;
 R returns; S return_scale; sg(.) detach(); eta ent_coef; phi world model, theta actor, psi critic.
@@ -81,7 +82,7 @@ class Args:
     # Prefer deterministic torch kernels: slower; equal seeds give more nearly equal runs on a GPU.
     torch_deterministic: bool = False
     cuda: bool = True  # Train on the GPU if there is one; otherwise on the CPU.
-    # Type of matrix products and convolutions; auto: bfloat16 on a GPU and on CPUs that have it.
+    # Type of matrix products and convolutions; auto: bfloat16 on devices that have it.
     # All else is float32: parameters, norms, distributions, losses, optimizer.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Fuse the networks' elementwise work with torch.compile: the first update takes up to a minute
@@ -93,7 +94,8 @@ class Args:
     wandb_entity: str | None = None  # Team of Weights & Biases; by default your own account.
     # Record a video of one episode at every evaluation (pip install moviepy).
     capture_video: bool = False
-    evaluate: str | None = None  # Evaluate this checkpoint.pt instead of training.
+    # Evaluate this checkpoint.pt, in the environment it was trained in, instead of training.
+    evaluate: str | None = None
 
     # Gymnasium id, after the module that registers it if it needs one: `module:Name-v0`.
     env_id: str = "ALE/MsPacman-v5"
@@ -102,7 +104,8 @@ class Args:
     # Agent decisions to train for, over all environments, resets included; Atari: 4 frames each.
     total_timesteps: int = 100_000
     num_envs: int = 1  # Environments stepped together.
-    async_envs: bool = False  # Step each environment in a process of its own.
+    # Step each environment in a process of its own (Atari always runs in threads of ale-py).
+    async_envs: bool = False
 
     buffer_size: int = 5_000_000  # Capacity of the replay in steps; memory is taken as it fills.
     batch_size: int = 16  # Sequences in a batch (B).
@@ -372,6 +375,10 @@ for p, k in itertools.product(range(2), range(5)):
 class PoolConv(Conv):
     """Conv, then 2x2 max-pool: (n, 2h, 2w, in) -> (n, h, w, out)."""
 
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels)
+        self.register_buffer("phases", PHASES.to(self.weight), persistent=False)
+
     def forward(self, x):
         if self.in_channels > 4:
             x = super().forward(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
@@ -380,7 +387,7 @@ class PoolConv(Conv):
         # may then break ties between equal outputs, but an image needs no gradient, and that of
         # the weight is the same whichever of them has it.
         (n, h, w, in_dim), out_dim = x.shape, self.out_channels
-        phases = PHASES.to(self.weight)
+        phases = self.phases
         weight = torch.einsum("pauk,qbvl,oikl->pqouviab", phases, phases, self.weight)
         weight = weight.reshape(4 * out_dim, 4 * in_dim, 3, 3)
         x = x.to(weight.dtype).view(n, h // 2, 2, w // 2, 2, in_dim).transpose(2, 3)
@@ -395,8 +402,12 @@ class UpConv(Conv):
     Equal inputs meet sums of weights: 2.8 times fewer multiplications than at full size.
     """
 
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels)
+        self.register_buffer("phases", PHASES.sum(2).to(self.weight), persistent=False)
+
     def forward(self, x):
-        phases = PHASES.sum(2).to(self.weight)
+        phases = self.phases
         weight = torch.einsum("pak,qbl,oikl->pqoiab", phases, phases, self.weight).flatten(0, 2)
         x = x.to(weight.dtype).permute(0, 3, 1, 2)
         x = F.conv2d(x, weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
@@ -645,7 +656,7 @@ class RSSM(nn.Module):
         return self.action_in(action).to(weight.dtype) @ weight
 
     def embed_part(self, embed):
-        """The observation's share of the posterior's first layer: (..., E) -> (..., U)."""
+        """The observation's share of the posterior's first layer: (..., E) -> (..., hidden)."""
         layer = self.posterior_in[0]
         return F.linear(embed.to(layer.weight.dtype), layer.weight[:, self.deter_dim :], layer.bias)
 
@@ -664,6 +675,7 @@ class RSSM(nn.Module):
         ]
         x = merge(product("hidden_own", split(deter)))
         x = self.hidden_norm(x + product("hidden_embeds", torch.cat(embeds, -1)))  # (B, D)
+        # The outputs of each block are in this order. Bias -1: at first, h is mostly kept. [D7]
         reset, cand, update = map(merge, f32(product("gru", split(x))).chunk(3, -1))
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)
@@ -701,6 +713,7 @@ class RSSM(nn.Module):
         stoch (B, T, S, K) and the posterior's logits (B, T, S, K).
         """
         batch, length = is_first.shape
+        # Here, time comes first: a step is then a slice.
         keep = (~is_first).to(deter.dtype).T.unsqueeze(-1)  # (T, B, 1)
         uniform = torch.rand(length, batch, self.stoch_shape[0], device=embed.device)
         weights, base = self.weights(), self.biases()
@@ -709,7 +722,7 @@ class RSSM(nn.Module):
             for name, x in base.items()
         }  # fmt: skip
         base["hidden_embeds"] = self.action_part(prev_action.transpose(0, 1) * keep)  # (T, B, D)
-        base["posterior_in"] = self.embed_part(embed.transpose(0, 1))  # (T, B, U)
+        base["posterior_in"] = self.embed_part(embed.transpose(0, 1))  # (T, B, hidden)
         inputs = {name: [] for name in weights}
         base = {k: StepLinear.apply(weights[k], x, inputs[k]).unbind(0) for k, x in base.items()}
         weights = {name: weight.detach() for name, weight in weights.items()}
@@ -859,7 +872,7 @@ def lambda_return(reward, value, cont, last, return_lambda):
     returns = [value[:, -1]]
     for t in reversed(range(1, reward.shape[1])):
         returns.append(one_step[:, t] + cont[:, t] * mix[:, t] * returns[-1])
-    return torch.stack(returns[:0:-1], 1)
+    return torch.stack(returns[:0:-1], 1)  # in order of time, without v[H]
 
 
 def critic_loss(logits, slow_value, returns, model, args):
@@ -946,7 +959,7 @@ class LaProp:
         self.params, self.exact, self.args = params, [p.detach() for p in exact], args
         self.nu = [torch.zeros_like(p) for p in self.exact]
         self.mu = [torch.zeros_like(p) for p in self.exact]
-        self.updates = torch.zeros_like(self.exact[0].sum())
+        self.updates = self.exact[0].new_zeros(())
         self.state = [*self.nu, *self.mu, self.updates]  # what a checkpoint keeps
 
     @torch.no_grad()
@@ -1149,7 +1162,7 @@ class Replay:
         self.length, self.num_envs = length, num_envs
         self.batch_size, self.window = args.batch_size, args.batch_length + 1
         self.steps = 0  # written to each stream so far; step i is at i % length
-        self.fresh = deque()  # (env, first step) of sequences no batch has had: the online queue
+        self.fresh = deque()  # (env, first step) of sequences to give out first: online queue
         self.rng = np.random.default_rng(args.seed)
 
     def __len__(self):
@@ -1167,7 +1180,7 @@ class Replay:
     def sample(self):
         """A batch of T+1 steps, dict of arrays (B, T+1, ...), and its place for `write_latents`.
 
-        The newest sequences, which no batch has had yet, come first; the rest is drawn uniformly.
+        Sequences that were just completed come first, each once; the rest is drawn uniformly.
         """
         oldest = max(0, self.steps - self.length)
         starts = []
@@ -1177,10 +1190,10 @@ class Replay:
                 starts.append((env, start))
         for index in self.rng.integers(len(self), size=self.batch_size - len(starts)):
             starts.append((index % self.num_envs, oldest + index // self.num_envs))
-        envs, first = np.array(starts).T[:, :, None]
+        envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
         place = envs, (first + np.arange(self.window)) % self.length
         batch = {name: array[place] for name, array in self.data.items()}
-        # An episode abandoned without is_last (a run was stopped) ends where the next one begins.
+        # An episode abandoned without is_last ends where the next one begins.
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return batch, place
 
@@ -1203,14 +1216,14 @@ def make_envs(args, num_envs, video=None):
         kwargs = dict(json.loads(args.env_kwargs))
     except (TypeError, ValueError) as error:
         raise UserError(f"--env-kwargs must be a JSON object, not {args.env_kwargs}") from error
-    atari = args.env_id.startswith("ALE/")
+    atari = args.env_id.split(":")[-1].startswith("ALE/")
     if atari:
         import_optional("ale_py", "gymnasium[atari]")  # registers its environments
-    mode, wrappers = "async" if args.async_envs else None, None
+    mode, wrappers = "async" if args.async_envs and not atari else None, None
     if video:  # vector environments do not render: record a single one
         mode, kwargs["render_mode"] = "sync", "rgb_array"
         wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video), lambda episode: True)]
-    elif atari and mode is None:
+    elif atari:
         # The C++ environment takes the maximum over two frames and resizes. Rewards and lives stay
         # as the game has them.
         defaults = dict(img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1)
@@ -1221,7 +1234,7 @@ def make_envs(args, num_envs, video=None):
     except Exception as error:
         raise UserError(f"cannot make --env-id {args.env_id}: {error}") from error
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise UserError(f"{args.env_id} does not reset in NEXT_STEP mode, as the replay needs it")
+        raise UserError(f"{args.env_id} does not reset in NEXT_STEP mode: try --async-envs")
     return envs
 
 
@@ -1291,14 +1304,14 @@ class Environments:
         self.images, self.vectors = {}, {}
         observed = leaves(self.envs.single_observation_space)
         for path, space in sorted(observed, key=lambda leaf: str(leaf[0])):
-            name = "/".join(map(str, path)) or "observation"
+            name = "/".join(("obs", *map(str, path)))
             is_box = isinstance(space, gym.spaces.Box)
             if is_box and space.dtype == np.uint8 and 2 <= len(space.shape) <= 4:
                 self.images[name] = path, space
             elif is_box or discrete_classes(space):
                 self.vectors[name] = path, space
             else:
-                raise UserError(f"observation {name}: cannot encode a {type(space).__name__} space")
+                raise UserError(f"{name}: cannot encode a {type(space).__name__} space")
         self.action_space = space = self.envs.single_action_space
         classes = discrete_classes(space)
         if not classes and not isinstance(space, gym.spaces.Box):
@@ -1330,7 +1343,8 @@ class Environments:
         """obs, reward, terminated, truncated; after an end, the next episode's first obs."""
         end = getattr(self.envs, "recv", getattr(self.envs, "step_wait", None))
         obs, reward, terminated, truncated, _ = end() if end else self.envs.step(self.action)
-        return self.encode_obs(obs), np.asarray(reward, np.float32), terminated, truncated
+        flags = np.asarray(terminated, bool), np.asarray(truncated, bool)
+        return self.encode_obs(obs), np.asarray(reward, np.float32), *flags
 
     def encode_obs(self, obs):
         """Batched observations -> dict of `image` (n, 64, 64, C) and `vector` (n, width)."""
@@ -1358,7 +1372,7 @@ class Environments:
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
         low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
         scaled = low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
-        action = np.where(bounded, scaled, np.clip(action, space.low, space.high))
+        action = np.clip(np.where(bounded, scaled, action), space.low, space.high)
         return (np.rint(action) if space.dtype.kind in "iu" else action).astype(space.dtype)
 
 
@@ -1446,7 +1460,8 @@ def evaluate(agent, args, episodes, video=None):
     """Returns of `episodes` episodes in environments of their own; `video`: folder to record in.
 
     Takes the most likely actions, or samples with --eval-sample. Each environment plays a fixed
-    number of episodes: taking the first ones to finish would favour short episodes.
+    number of episodes: taking the first ones to finish would favour short episodes. An environment
+    whose episodes never end is never finished with: give it a time limit.
     """
     num_envs = 1 if video else min(episodes, 8)
     envs = Environments(args, num_envs, seed=args.seed + 10_000, video=video)
@@ -1505,7 +1520,7 @@ def evaluate_checkpoint(args, device, dtype):
     """--evaluate: play with the networks, in the environment, of a checkpoint. Returns returns."""
     checkpoint = load_checkpoint(args.evaluate, device)
     kept = "evaluate eval_episodes eval_sample capture_video seed cuda dtype".split()
-    args = replace(checkpoint["args"], **{name: getattr(args, name) for name in kept})
+    args = replace(checkpoint["args"], compile=False, **{k: getattr(args, k) for k in kept})
     envs = Environments(args, 1, args.seed)
     envs.envs.close()
     agent = Agent(args, envs.spaces, device, dtype)
@@ -1526,10 +1541,10 @@ def check_args(args):
         "total_timesteps num_envs batch_size log_every save_every stoch blocks imag_horizon"
     )
     at_least_0 = "eval_every eval_episodes train_ratio warmup_updates learning_rate ent_coef"
-    shares = "gamma return_lambda unimix actor_unimix tau return_rate beta1 beta2"
+    shares = "gamma return_lambda unimix actor_unimix tau return_rate"
     limits = dict.fromkeys(at_least_1.split(), (1, math.inf))
     limits |= dict.fromkeys(at_least_0.split(), (0, math.inf))
-    limits |= dict.fromkeys(shares.split(), (0, 1))
+    limits |= dict.fromkeys(shares.split(), (0, 1)) | dict.fromkeys(("beta1", "beta2"), (0, 0.9999))
     one_batch = (args.batch_size + args.num_envs) * args.batch_length
     limits |= {"batch_length": (2, math.inf), "buffer_size": (one_batch, math.inf)}
     for name, (least, most) in limits.items():
@@ -1553,7 +1568,11 @@ def check_args(args):
 def choose_device(args):
     """The device, and the type of its matrix products."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    else:
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     auto = "bfloat16" if fast else "float32"
     return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
@@ -1623,7 +1642,8 @@ def main(args):
     logger = Logger(args, folder)
 
     step = updates = 0
-    credit = None  # updates owed; None until the replay can fill a batch
+    per_step = args.train_ratio / (args.batch_size * args.batch_length)  # updates
+    credit = float(per_step > 0)  # updates owed; the first as soon as there is a batch
     metrics, returns = {}, None
     obs, carry, reward = envs.reset(), agent.initial(n), np.zeros(n, np.float32)
     is_first, is_last, is_terminal = np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
@@ -1645,14 +1665,13 @@ def main(args):
 
             # Train, while the environments step. [D22]
             if len(replay) >= args.batch_size * args.batch_length:
-                per_step = args.train_ratio / (args.batch_size * args.batch_length)
-                credit = 1.0 if credit is None else credit + n * per_step
                 while credit >= 1:
                     batch, place = replay.sample()
                     metrics, deter, stoch = agent.train_step(to_device(batch, device))
                     replay.write_latents(place, deter.cpu().numpy(), stoch.cpu().numpy())
                     updates, credit = updates + 1, credit - 1
                     logger.status(step, updates)
+                credit += n * per_step
 
             # See what the action led to.
             obs, reward, is_terminal, truncated = envs.receive()
