@@ -85,7 +85,7 @@ class Args:
     # Type of matrix products and convolutions; auto: bfloat16 on devices that have it.
     # All else is float32: parameters, norms, distributions, losses, optimizer.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Fuse the networks' elementwise work with torch.compile: the first update takes up to a minute
+    # Fuse the networks' elementwise work with torch.compile: the first update takes a minute or two
     # longer, the others a fraction of the time. Without a compiler, training runs without it.
     compile: bool = True
     run_dir: str = "runs"  # The run makes its own folder <env>__<exp>__<seed>__<time> in this one.
@@ -1608,7 +1608,7 @@ def describe(args, agent, replay, folder, dtype):
     if cpu:
         print("             slow on a CPU: the status line shows the time left once updates begin")
     if args.compile and ratio:
-        print("             the first update compiles, for up to a minute")
+        print("             the first update compiles, for a minute or two")
     print(f"run          {folder}", flush=True)
 
 

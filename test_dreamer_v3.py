@@ -1578,6 +1578,51 @@ def test_vector_values():
     assert encoded("nested", nested)["vector"].tolist() == [0.5, -1, 0, 0, 1, 0]
 
 
+@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "ale_py:ALE/Pong-v5"])
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_atari(env_id, async_envs):
+    """Atari is 64x64 RGB of one frame, with raw rewards, however it is asked for."""
+    args = tiny(env_id=env_id, async_envs=async_envs)
+    envs = dreamer_v3.Environments(args, 2, seed=0)
+    assert envs.spaces == Spaces(3, (), (6,), 6)
+    assert envs.reset()["image"].shape == (2, 64, 64, 3)
+    options = envs.envs.spec.kwargs
+    assert not options["reward_clipping"] and not options["use_fire_reset"]
+    assert options["repeat_action_probability"] == 0.25 and options["frameskip"] == 4
+    envs.envs.close()
+
+
+class Names(gym.Env):
+    """Observations named like losses."""
+
+    observation_space = gs.Dict({k: gs.Box(-1, 1, (2,)) for k in ("reward", "image", "actor")})
+    action_space = gs.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def test_observations_named_like_losses(tmp_path):
+    """They keep losses of their own."""
+    gym.register("TestNames-v0", Names, max_episode_steps=5)
+    dreamer_v3.main(tiny(env_id="TestNames-v0", run_dir=str(tmp_path), log_every=1))
+    (path,) = tmp_path.glob("*/metrics.jsonl")
+    names = set().union(*map(json.loads, path.read_text().splitlines()))
+    for name in ("reward", "image", "actor"):
+        assert f"losses/obs/{name}" in names
+    assert {"losses/reward", "losses/actor"} <= names and "losses/image" not in names
+
+
+def test_no_updates_without_a_train_ratio(tmp_path, monkeypatch):
+    """--train-ratio 0 collects and never trains."""
+    monkeypatch.delattr(Agent, "train_step")
+    dreamer_v3.main(tiny(env_id="CartPole-v1", run_dir=str(tmp_path), train_ratio=0.0))
+
+
 # ---- E. Checkpoints and command line -------------------------------------------------------------
 
 
