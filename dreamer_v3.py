@@ -1580,7 +1580,7 @@ def choose_device(args):
 def keep_freed_memory():
     """Have glibc keep freed memory for the next update instead of giving it back to the system.
 
-    Getting large blocks again costs a page fault every 4 kB: half of the time of an update.
+    Getting large blocks again costs a page fault every 4 kB: half of an update on images.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         mmap_max, trim_threshold = -4, -1  # names of glibc's malloc.h

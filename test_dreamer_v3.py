@@ -1,7 +1,7 @@
 """Tests of dreamer_v3.py: parity with the authors, numerics, alignment, wiring, use, learning.
 
     python -m pytest -q                 # all of it
-    python -m pytest -q -k parity       # one group, by the names below
+    python -m pytest -q -k mutation     # the tests whose names have this word
 
 References are written from the paper with explicit loops in float64. A `check_*` function is called
 twice: by its test, and by group H, which plants a known mistake and requires that the check fails.
