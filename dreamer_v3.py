@@ -226,12 +226,14 @@ def one_hot(index, classes):
     return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
 
 
+def mixed_probs(logits, unimix):
+    """(1 - unimix) softmax(logits) + unimix / K over the last axis [D4]: (..., K)."""
+    return (1 - unimix) * f32(logits).softmax(-1) + unimix / logits.shape[-1]
+
+
 def mixed_log_probs(logits, unimix):
-    """Log of (1 - unimix) softmax(logits) + unimix / K over the last axis [D4]: (..., K)."""
-    logits = f32(logits)
-    if unimix == 0:
-        return logits.log_softmax(-1)
-    return torch.log((1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1])
+    """Logarithms of `mixed_probs`, also where those would round to 0: (..., K)."""
+    return torch.log(mixed_probs(logits, unimix)) if unimix else f32(logits).log_softmax(-1)
 
 
 def sample_class(probs, uniform):
@@ -432,8 +434,9 @@ class MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
-        hit = (x == y[:, :, :, None, None]).to(grad.dtype)
-        return hit * (grad / hit.sum((3, 4)))[:, :, :, None, None]
+        ties = sum((x[:, :, :, i, j] == y).to(grad.dtype) for i in (0, 1) for j in (0, 1))
+        y, share = (z[:, :, :, None, None] for z in (y, grad / ties))
+        return torch.where(x == y, share, 0)
 
 
 class RMSNorm(nn.Module):
@@ -675,11 +678,13 @@ class RSSM(nn.Module):
         ]
         x = merge(product("hidden_own", split(deter)))
         x = self.hidden_norm(x + product("hidden_embeds", torch.cat(embeds, -1)))  # (B, D)
-        # The outputs of each block are in this order. Bias -1: at first, h is mostly kept. [D7]
-        reset, cand, update = map(merge, f32(product("gru", split(x))).chunk(3, -1))
+        # The outputs of each block are in this order, (B, G, D/G) each. Bias -1: at first, h is
+        # mostly kept. [D7]
+        reset, cand, update = f32(product("gru", split(x))).transpose(0, 1).chunk(3, -1)
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)
-        return update * cand + (1 - update) * deter
+        deter = deter.unflatten(-1, (self.blocks, -1))
+        return (update * cand + (1 - update) * deter).flatten(-2)
 
     def prior(self, deter):
         """Logits of p(z | h): (..., D) -> (..., S, K)."""
@@ -687,7 +692,7 @@ class RSSM(nn.Module):
 
     def sample(self, logits, uniform):
         """A straight-through sample of the mixed categoricals (..., S, K)."""
-        return sample_one_hot(mixed_log_probs(logits, self.unimix).exp(), uniform)
+        return sample_one_hot(mixed_probs(logits, self.unimix), uniform)
 
     def observe_step(self, deter, stoch, keep, uniform, base, weights):
         """One step of `observe`: new deter and stoch, the logits, the inputs of the products."""
