@@ -58,6 +58,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
 # ---- 1. Arguments (paper: Extended Data Tables 3 and 4) ------------------------------------------
 
@@ -96,6 +98,8 @@ class Args:
     capture_video: bool = False
     # Evaluate this checkpoint.pt, in the environment it was trained in, instead of training.
     evaluate: str | None = None
+    # Measure speed and memory instead of training; the last line printed is a JSON object.
+    benchmark: bool = False
 
     # Gymnasium id, after the module that registers it if it needs one: `module:Name-v0`.
     env_id: str = "ALE/MsPacman-v5"
@@ -1008,6 +1012,46 @@ def compiler_works(device):
         return False
 
 
+class CudaGraph:
+    """A function of tensors as one CUDA graph for each set of input shapes.
+
+    Launching thousands of small kernels one by one takes longer than running them. The first calls
+    compile and warm up, the next one records, all later ones replay. The function may depend on
+    nothing but its input and on tensors that stay in place. What it returned is overwritten by the
+    next call.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graphs = function, {}, {}
+
+    def __call__(self, *inputs):
+        leaves, structure = tree_flatten(inputs)
+        is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
+        key = tuple(x.shape if tensor else x for x, tensor in zip(leaves, is_tensor, strict=True))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # recording asks for a warm-up on another stream
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                outputs = self.function(*inputs)
+            current.wait_stream(stream)
+            return outputs
+        if key not in self.graphs:
+            static = [
+                x.clone() if tensor else x for x, tensor in zip(leaves, is_tensor, strict=True)
+            ]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = self.function(*tree_unflatten(static, structure))
+            self.graphs[key] = graph, static, outputs
+        graph, static, outputs = self.graphs[key]
+        for to, x, tensor in zip(static, leaves, is_tensor, strict=True):
+            if tensor:
+                to.copy_(x, non_blocking=True)
+        graph.replay()
+        return outputs
+
+
 class Agent:
     """The networks with their optimizer: `act` in the environment, `train_step` on replay.
 
@@ -1034,6 +1078,9 @@ class Agent:
             model.imagine_step = self.fuse(model.imagine_step)
         trained = [(p, x) for p, x in self.pairs() if p.requires_grad]
         self.optimizer = LaProp(*zip(*trained, strict=True), args)
+        self.decide, self.learn = self._decide, self._learn
+        if self.device.type == "cuda":
+            self.decide, self.learn = CudaGraph(self._decide), CudaGraph(self._learn)
 
     def pairs(self):
         """Each parameter that computes, with the exact one."""
@@ -1044,14 +1091,17 @@ class Agent:
         deter, stoch = self.model.rssm.initial(num_envs)
         return deter, stoch, deter.new_zeros(num_envs, self.spaces.action_width)
 
-    @torch.compiler.set_stance("force_eager")  # too small to be worth compiling
-    @torch.no_grad()
     def act(self, obs, is_first, carry, greedy=False):
         """One decision for n environments: obs dict of (n, ...), is_first (n,), carry -> new carry.
 
         The new carry is the posterior state at this observation and the action vector (n, A):
         sampled, or the most likely one if `greedy`.
         """
+        return tree_map(torch.clone, self.decide(obs, is_first, carry, greedy))
+
+    @torch.compiler.set_stance("force_eager")  # too small to be worth compiling
+    @torch.no_grad()
+    def _decide(self, obs, is_first, carry, greedy):
         deter, stoch, prev_action = carry
         embed = self.model.encoder({key: x.unsqueeze(1) for key, x in obs.items()})
         deter, stoch, _ = self.model.rssm.observe(
@@ -1105,18 +1155,21 @@ class Agent:
             torch._foreach_copy_(*map(list, zip(*self.pairs(), strict=True)))
 
     def train_step(self, batch):
-        """One update of everything. batch: T+1 steps from `Replay.sample`, as tensors.
+        """One update of everything. batch: T+1 steps as `Replay` gives them, as tensors.
 
-        The first step is only context: its stored state and action start the sequence [D21].
-        Returns the metrics and what the replay stores for the T steps: deter (B, T, D) float16 and
-        the classes of stoch (B, T, S) uint8.
+        The first step is only context: its action and stored state, deter (B, D) and stoch (B, S),
+        start the sequence [D21]. Returns the metrics and what the replay stores for the T steps:
+        deter (B, T, D) float16 and the classes of stoch (B, T, S) uint8.
         """
+        return self.learn(batch)
+
+    def _learn(self, batch):
         flags = ("reward", "is_first", "is_last", "is_terminal")
         steps = {key: batch[key][:, 1:] for key in flags}
         steps["obs"] = {key: batch[key][:, 1:] for key in ("image", "vector") if key in batch}
         steps["prev_action"] = batch["action"][:, :-1]
-        steps["deter"] = batch["deter"][:, 0].to(self.model.bins.dtype)
-        steps["stoch"] = one_hot(batch["stoch"][:, 0], self.model.rssm.stoch_shape[1])
+        steps["deter"] = batch["deter"].to(self.model.bins.dtype)
+        steps["stoch"] = one_hot(batch["stoch"], self.model.rssm.stoch_shape[1])
         metrics, deter, stoch = self.update(steps)
         return metrics, deter.half(), stoch.argmax(-1).to(torch.uint8)
 
@@ -1183,7 +1236,7 @@ class Replay:
             self.fresh.extend((env, self.steps - self.window) for env in range(self.num_envs))
 
     def sample(self):
-        """A batch of T+1 steps, dict of arrays (B, T+1, ...), and its place for `write_latents`.
+        """A batch of T+1 steps, dict of arrays (B, T+1, ...) without latents, and its place.
 
         Sequences that were just completed come first, each once; the rest is drawn uniformly.
         """
@@ -1197,10 +1250,16 @@ class Replay:
             starts.append((index % self.num_envs, oldest + index // self.num_envs))
         envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
         place = envs, (first + np.arange(self.window)) % self.length
-        batch = {name: array[place] for name, array in self.data.items()}
+        latents = ("deter", "stoch")
+        batch = {name: x[place] for name, x in self.data.items() if name not in latents}
         # An episode abandoned without is_last ends where the next one begins.
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return batch, place
+
+    def read_latents(self, place):
+        """The stored states at a batch's first step, its context: deter (B, D), stoch (B, S)."""
+        envs, steps = place
+        return {name: self.data[name][envs[:, 0], steps[:, 0]] for name in ("deter", "stoch")}
 
     def write_latents(self, place, deter, stoch):
         """Store the states an update computed, (B, T, D) and (B, T, S), for all but the context."""
@@ -1461,6 +1520,93 @@ def to_device(arrays, device):
     return {key: x.pin_memory().to(device, non_blocking=True) for key, x in tensors.items()}
 
 
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next update instead of giving it back to the system.
+
+    Getting large blocks again costs a page fault every 4 kB: half of an update on images.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_max, trim_threshold = -4, -1  # names of glibc's malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+class Trainer:
+    """Collection and training: what a run carries from one step to the next."""
+
+    def __init__(self, args, device, dtype):
+        self.args, n = args, args.num_envs
+        self.envs = Environments(args, n, args.seed)
+        self.agent = Agent(args, self.envs.spaces, device, dtype)
+        length = -(-min(args.buffer_size, args.total_timesteps + n) // n)
+        self.replay = Replay(length, n, self.envs.spaces, self.agent.model.rssm, args)
+        if device.type == "cpu":
+            keep_freed_memory()  # from here on: what the replay will fill, nobody has touched yet
+        self.step = self.updates = 0
+        self.updates_per_step = args.train_ratio / (args.batch_size * args.batch_length)
+        self.credit = float(self.updates_per_step > 0)  # updates owed; the first one at once
+        self.starts_needed = args.batch_size * args.batch_length  # before training begins [D22]
+        self.metrics, self.latents = {}, None  # of the latest update
+        self.obs, self.carry = self.envs.reset(), self.agent.initial(n)
+        self.is_first, self.is_last = np.ones(n, bool), np.zeros(n, bool)
+        self.is_terminal, self.reward = np.zeros(n, bool), np.zeros(n, np.float32)
+        self.episode_return, self.episode_length = np.zeros(n), np.zeros(n, int)
+
+    def collect_and_train(self):
+        """One step of every environment and the updates due: [(return, length)] of episodes."""
+        # Act. Nothing is chosen at the last step of an episode: zeros. [D24]
+        tensors = to_device(self.obs | {"is_first": self.is_first}, self.agent.device)
+        self.carry = self.agent.act(tensors, tensors.pop("is_first"), self.carry)
+        latents = self.carry[0].half(), self.carry[1].argmax(-1), self.carry[2]
+        deter, stoch, action = (x.cpu().numpy() for x in latents)
+        action = action * ~self.is_last[:, None]
+        entry = dict(action=action, reward=self.reward, deter=deter, stoch=stoch)
+        flags = dict(is_first=self.is_first, is_last=self.is_last, is_terminal=self.is_terminal)
+        self.write_latents()  # before the ring moves on
+        self.replay.add(self.obs | entry | flags)
+        self.step += self.args.num_envs
+        self.envs.send(action)
+
+        # Train, while the environments step. [D22]
+        if len(self.replay) >= self.starts_needed:
+            while self.credit >= 1:
+                self.train()
+                self.credit -= 1
+            self.credit += self.args.num_envs * self.updates_per_step
+
+        # See what the action led to.
+        self.obs, self.reward, self.is_terminal, truncated = self.envs.receive()
+        self.is_first, self.is_last = self.is_last, self.is_terminal | truncated
+        self.episode_return += self.reward
+        self.episode_length += ~self.is_first
+        ended = self.is_last
+        episodes = list(zip(self.episode_return[ended], self.episode_length[ended], strict=True))
+        self.episode_return[ended] = self.episode_length[ended] = 0
+        return episodes
+
+    def train(self):
+        """One update. A GPU goes on with it when this returns."""
+        batch, place = self.replay.sample()  # while the GPU is busy with the update before
+        self.write_latents()
+        batch |= self.replay.read_latents(place)
+        batch = to_device(batch, self.agent.device)
+        self.metrics, *latents = self.agent.train_step(batch)
+        self.latents = place, [x.to("cpu", non_blocking=True) for x in latents]
+        self.done = torch.cuda.Event() if self.agent.device.type == "cuda" else None
+        if self.done:
+            self.done.record()
+        self.updates += 1
+
+    def write_latents(self):
+        """Put the states that the latest update computed into the replay."""
+        if self.latents:
+            if self.done:
+                self.done.synchronize()
+            place, latents = self.latents
+            self.replay.write_latents(place, *(x.numpy() for x in latents))
+            self.latents = None
+
+
 def evaluate(agent, args, episodes, video=None):
     """Returns of `episodes` episodes in environments of their own; `video`: folder to record in.
 
@@ -1564,6 +1710,8 @@ def check_args(args):
         raise UserError(f"--classes must be in [2, 256], not {net['classes']}")
     if args.evaluate and not args.eval_episodes:
         raise UserError("--evaluate needs --eval-episodes of at least 1")
+    if args.benchmark and not args.train_ratio:
+        raise UserError("--benchmark needs a --train-ratio above 0")
     if args.track:
         import_optional("wandb", "wandb")
     if args.capture_video:
@@ -1582,23 +1730,13 @@ def choose_device(args):
     return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
 
-def keep_freed_memory():
-    """Have glibc keep freed memory for the next update instead of giving it back to the system.
-
-    Getting large blocks again costs a page fault every 4 kB: half of an update on images.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        mmap_max, trim_threshold = -4, -1  # names of glibc's malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-
-
-def describe(args, agent, replay, folder, dtype):
+def describe(trainer, folder, dtype):
     """Print what was decided."""
+    args, agent, replay = trainer.args, trainer.agent, trainer.replay
     count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)
     parts = [(name, count(module)) for name, module in agent.model.named_children()]
     parts = ", ".join(f"{name} {number:,}" for name, number in parts if number)
-    spaces, ratio = agent.spaces, args.train_ratio / (args.batch_size * args.batch_length)
+    spaces, ratio = agent.spaces, trainer.updates_per_step
     sees = [f"image 64x64x{spaces.channels}"] if spaces.channels else []
     sees += [f"{name} ({width})" for name, width, _ in spaces.vectors]
     kind = "discrete" if spaces.action_classes else "continuous"
@@ -1617,6 +1755,68 @@ def describe(args, agent, replay, folder, dtype):
     print(f"run          {folder}", flush=True)
 
 
+def benchmark(args, device, dtype):
+    """--benchmark: measure this machine with real steps of the environment. Returns a dict."""
+    cuda = device.type == "cuda"
+
+    def measure(function, least, seconds, most=1000):
+        """Milliseconds of each call: at least `least` calls, and more for some seconds."""
+        times, begin = [], time.perf_counter()
+        while len(times) < least or len(times) < most and time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
+            function()
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        return np.array(times)
+
+    trainer = Trainer(args, device, dtype)
+    agent, replay, trainer.starts_needed = trainer.agent, trainer.replay, math.inf
+    print("collecting steps, then compiling (a minute or two) ...", flush=True)
+    while len(replay) < 2 * args.batch_size:
+        trainer.collect_and_train()
+    warmup = measure(trainer.train, 5, 0).sum() / 1e3
+    print("measuring updates, actions, then both ...", flush=True)
+    update = measure(trainer.train, 5, 60, 50)
+    one = to_device({k: x[:1] for k, x in trainer.obs.items()}, device)
+    is_first, carry = torch.zeros(1, dtype=torch.bool, device=device), agent.initial(1)
+    act = measure(lambda: agent.act(one, is_first, carry)[-1].cpu(), 100, 3)[10:]
+    # Whole cycles of the schedule: as many steps as lie between updates, at least 20 seconds.
+    trainer.starts_needed, trainer.credit = 1, 0.0
+    cycle = math.ceil(1 / (args.num_envs * trainer.updates_per_step))
+    steps = measure(lambda: [trainer.collect_and_train() for _ in range(cycle)], 2, 20)
+    if cuda:
+        memory = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        resource = importlib.import_module("resource")  # not on Windows
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    matrix = torch.randn(8192 if cuda else 2048, 8192 if cuda else 2048, device=device).to(dtype)
+    peak = 2 * len(matrix) ** 3 / measure(lambda: matrix @ matrix, 10, 2).min()  # FLOP a ms
+    batch, place = replay.sample()
+    batch = to_device(batch | replay.read_latents(place), device)
+    with FlopCounterMode(display=False) as flops, torch.compiler.set_stance("force_eager"):
+        agent._learn(batch)
+    trainer.envs.envs.close()
+    result = {
+        "update_ms": np.median(update),
+        "update_ms_min": update.min(),
+        "update_ms_max": update.max(),
+        "act_ms": np.median(act),
+        "env_steps_per_s": 1e3 * cycle * args.num_envs / np.median(steps),
+        "params": sum(p.numel() for p in agent.exact.parameters() if p.requires_grad),
+        "flops_per_update": flops.get_total_flops(),
+        "peak_share": flops.get_total_flops() / np.median(update) / peak,
+        "peak_memory_mb": memory,
+        "warmup_s": warmup,
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "size": args.size,
+    }
+    result = {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in result.items()}
+    print(json.dumps(result), flush=True)
+    return result
+
+
 def main(args):
     """Train as `args` say, or evaluate. Returns the returns of the last evaluation."""
     check_args(args)
@@ -1625,14 +1825,11 @@ def main(args):
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
         return evaluate_checkpoint(args, device, dtype)
+    if args.benchmark:
+        return benchmark(args, device, dtype)
 
-    n = args.num_envs
-    envs = Environments(args, n, args.seed)
-    agent = Agent(args, envs.spaces, device, dtype)
-    length = -(-min(args.buffer_size, args.total_timesteps + n) // n)
-    replay = Replay(length, n, envs.spaces, agent.model.rssm, args)
-    if device.type == "cpu":
-        keep_freed_memory()
+    trainer = Trainer(args, device, dtype)
+    agent = trainer.agent
     stamp = time.strftime("%Y%m%d-%H%M%S")
     env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
     folder = Path(args.run_dir) / f"{env_name}__{args.exp_name}__{args.seed}__{stamp}"
@@ -1641,56 +1838,23 @@ def main(args):
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to --run-dir {args.run_dir}: {error}") from error
-    describe(args, agent, replay, folder, dtype)
+    describe(trainer, folder, dtype)
     if args.capture_video:  # fail now rather than at the first evaluation
         Environments(args, 1, args.seed, video=folder / "videos").envs.close()
     logger = Logger(args, folder)
 
-    step = updates = 0
-    per_step = args.train_ratio / (args.batch_size * args.batch_length)  # updates
-    credit = float(per_step > 0)  # updates owed; the first as soon as there is a batch
-    metrics, returns = {}, None
-    obs, carry, reward = envs.reset(), agent.initial(n), np.zeros(n, np.float32)
-    is_first, is_last, is_terminal = np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
-    episode_return, episode_length = np.zeros(n), np.zeros(n, int)
-    due = lambda every: every and step // every > (step - n) // every
+    returns = None
+    due = lambda every: every and step // every > (step - args.num_envs) // every
     try:
-        while step < args.total_timesteps:
-            # Act. Nothing is chosen at the last step of an episode: zeros. [D24]
-            tensors = to_device(obs | {"is_first": is_first}, device)
-            carry = agent.act(tensors, tensors.pop("is_first"), carry)
-            latents = carry[0].half(), carry[1].argmax(-1), carry[2]
-            deter, stoch, action = (x.cpu().numpy() for x in latents)
-            action = action * ~is_last[:, None]
-            entry = dict(action=action, reward=reward, deter=deter, stoch=stoch)
-            entry |= dict(is_first=is_first, is_last=is_last, is_terminal=is_terminal)
-            replay.add(obs | entry)
-            step += n
-            envs.send(action)
-
-            # Train, while the environments step. [D22]
-            if len(replay) >= args.batch_size * args.batch_length:
-                while credit >= 1:
-                    batch, place = replay.sample()
-                    metrics, deter, stoch = agent.train_step(to_device(batch, device))
-                    replay.write_latents(place, deter.cpu().numpy(), stoch.cpu().numpy())
-                    updates, credit = updates + 1, credit - 1
-                    logger.status(step, updates)
-                credit += n * per_step
-
-            # See what the action led to.
-            obs, reward, is_terminal, truncated = envs.receive()
-            is_first, is_last = is_last, is_terminal | truncated
-            episode_return += reward
-            episode_length += ~is_first
-            for env in np.flatnonzero(is_last):
-                logger.episode(step, episode_return[env], episode_length[env])
-                episode_return[env] = episode_length[env] = 0
-
+        while trainer.step < args.total_timesteps:
+            episodes = trainer.collect_and_train()
+            step, updates = trainer.step, trainer.updates
+            for episode_return, length in episodes:
+                logger.episode(step, episode_return, length)
             logger.status(step, updates)
-            if metrics and due(args.log_every):
+            if updates and due(args.log_every):
                 speed = {"charts/updates": updates, "charts/SPS": logger.rate}
-                logger.write(step, metrics | speed)
+                logger.write(step, trainer.metrics | speed)
             if due(args.save_every):
                 save_checkpoint(folder / "checkpoint.pt", agent, args, step, updates)
             if args.eval_episodes and (due(args.eval_every) or step >= args.total_timesteps):
@@ -1701,9 +1865,9 @@ def main(args):
                 if args.capture_video:
                     evaluate(agent, args, 1, video=folder / f"videos/step_{step}")
     finally:  # on Ctrl-C too
-        save_checkpoint(folder / "checkpoint.pt", agent, args, step, updates)
-        logger.show(f"saved {folder / 'checkpoint.pt'} at step {step:,}")
-        envs.envs.close()
+        save_checkpoint(folder / "checkpoint.pt", agent, args, trainer.step, trainer.updates)
+        logger.show(f"saved {folder / 'checkpoint.pt'} at step {trainer.step:,}")
+        trainer.envs.envs.close()
         logger.close()
     return returns
 

@@ -909,7 +909,7 @@ class Spy:
         self.updates[self.adds] += 1
         self.batches.append(batch["vector"].clone())
         obs = batch["vector"][:, 0].tolist()
-        for key, h, z in zip(obs, batch["deter"][:, 0], batch["stoch"][:, 0], strict=True):
+        for key, h, z in zip(obs, batch["deter"], batch["stoch"], strict=True):
             # Stored as float16, and numbers below 1: half a unit in the last place is 2.5e-4.
             close(h.double(), self.latents[tuple(key)][0], rtol=0, atol=1e-3)
             assert np.array_equal(z, self.latents[tuple(key)][1])
@@ -2641,6 +2641,7 @@ def test_replay_context(float64, most_likely, monkeypatch):
     # Row 1 goes on from the batch before, as theirs can: its carry takes the stored state's place.
     deter, stoch, _ = initial_carry("C", "carry", agent.model)
     batch["deter"][1, 0], batch["stoch"][1, 0] = deter[1], stoch[1].argmax(-1)
+    batch["deter"], batch["stoch"] = batch["deter"][:, 0], batch["stoch"][:, 0]
     metrics, deter, stoch = agent.train_step(batch)
     for name, x in CONTEXT["metrics"].items():
         agrees(metrics[name].item(), x, 1e-9)
