@@ -45,7 +45,10 @@ import math
 import operator
 import os
 import re
+import signal
 import sys
+import tempfile
+import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
@@ -98,6 +101,9 @@ class Args:
     capture_video: bool = False
     # Evaluate this checkpoint.pt, in the environment it was trained in, instead of training.
     evaluate: str | None = None
+    # Go on with the run in this folder. Its arguments hold; the number of steps and what concerns
+    # logging, evaluation and device may be given anew.
+    resume: str | None = None
     # Measure speed and memory instead of training; the last line printed is a JSON object.
     benchmark: bool = False
 
@@ -111,7 +117,9 @@ class Args:
     # Step each environment in a process of its own (Atari always runs in threads of ale-py).
     async_envs: bool = False
 
-    buffer_size: int = 5_000_000  # Capacity of the replay in steps; memory is taken as it fills.
+    buffer_size: int = 5_000_000  # Capacity of the replay in steps.
+    # Keep the replay in files of the run's folder, which grow as it fills; otherwise in memory.
+    save_replay: bool = True
     batch_size: int = 16  # Sequences in a batch (B).
     batch_length: int = 64  # Steps in a sequence (T); one more before them serves as context.
     # Replayed steps per environment step: an update every batch_size * batch_length / train_ratio
@@ -1007,8 +1015,7 @@ def compiler_works(device):
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
         return True
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        print(f"torch.compile does not work here, going on without it: {reason}")
+        print(f"torch.compile does not work here, going on without it: {first_line(error)}")
         return False
 
 
@@ -1076,6 +1083,7 @@ class Agent:
             model.decoder.forward = self.fuse(model.decoder.forward)
             rssm.observe_step = self.fuse(rssm.observe_step)
             model.imagine_step = self.fuse(model.imagine_step)
+        self.failed = None  # one flag for each of `terms`: the first losses that were not finite
         trained = [(p, x) for p, x in self.pairs() if p.requires_grad]
         self.optimizer = LaProp(*zip(*trained, strict=True), args)
         self.decide, self.learn = self._decide, self._learn
@@ -1142,6 +1150,12 @@ class Agent:
         total, metrics, deter, stoch = self.loss(batch)
         total.backward()
         metrics |= {"losses/total": total.detach()} | self.optimizer.step()
+        # Remember the first failure on the device: a look at every update would wait for it.
+        self.terms = [name for name in metrics if name.startswith("losses/")]
+        failed = ~torch.stack([metrics[name] for name in self.terms]).isfinite()
+        if self.failed is None:
+            self.failed = torch.zeros_like(failed)
+        self.failed.copy_(torch.where(self.failed.any(), self.failed, failed))
         slow, critic = self.exact.slow_critic.parameters(), self.exact.critic.parameters()
         with torch.no_grad():
             torch._foreach_lerp_(list(slow), list(critic), self.args.tau)
@@ -1173,6 +1187,14 @@ class Agent:
         metrics, deter, stoch = self.update(steps)
         return metrics, deter.half(), stoch.argmax(-1).to(torch.uint8)
 
+    def check_finite(self):
+        """Raise UserError if an update was not finite; waits for the device."""
+        if self.failed is not None and self.failed.any():
+            terms = [
+                name for name, bad in zip(self.terms, self.failed.tolist(), strict=True) if bad
+            ]
+            raise UserError(f"an update was not finite: {', '.join(terms)}")
+
     def state_dict(self):
         """Everything that learns, as a dict of dicts of tensors (float32)."""
         self.exact.return_range.copy_(self.model.return_range)
@@ -1198,10 +1220,13 @@ class Replay:
 
     One stream per environment; all have the same length, as environments step together. Sequences
     cross episodes: the RSSM resets at is_first. Images are uint8; latents are float16 (|h| < 1) and
-    class indices. Arrays are (num_envs, length, ...) and take memory only as they fill.
+    class indices. Arrays are (length, num_envs, ...). With a `folder` they are files mapped into
+    memory: what was written survives the process at once, and a checkpoint need not copy it.
     """
 
-    def __init__(self, length, num_envs, spaces, rssm, args):
+    block = 1024  # steps by which the files grow
+
+    def __init__(self, length, num_envs, spaces, rssm, args, folder=None):
         vector = sum(width for _, width, _ in spaces.vectors)
         fields = {
             "image": ((IMAGE_SIZE, IMAGE_SIZE, spaces.channels), np.uint8),
@@ -1214,23 +1239,58 @@ class Replay:
             "deter": ((rssm.deter_dim,), np.float16),
             "stoch": ((rssm.stoch_shape[0],), np.uint8),
         }
-        fields = {name: field for name, field in fields.items() if 0 not in field[0]}
-        self.data = {k: np.zeros((num_envs, length, *shape), t) for k, (shape, t) in fields.items()}
-        self.nbytes = sum(x.nbytes for x in self.data.values())  # when full
-        self.length, self.num_envs = length, num_envs
+        self.fields = {
+            k: ((num_envs, *x), np.dtype(t)) for k, (x, t) in fields.items() if 0 not in x
+        }
+        self.step_bytes = sum(math.prod(x) * t.itemsize for x, t in self.fields.values())
+        self.length, self.num_envs, self.folder = length, num_envs, folder
         self.batch_size, self.window = args.batch_size, args.batch_length + 1
         self.steps = 0  # written to each stream so far; step i is at i % length
+        self.oldest_kept = 0  # what a resumed run must not read: see `load_state_dict`
         self.fresh = deque()  # (env, first step) of sequences to give out first: online queue
         self.rng = np.random.default_rng(args.seed)
+        self.rows, self.begun = 0, np.zeros(1, np.int64)
+        if not folder:  # zeros take no memory until they are written
+            self.rows = length
+            self.data = {k: np.zeros((length, *x), t) for k, (x, t) in self.fields.items()}
+
+    @property
+    def oldest(self):
+        """The first step that can be read."""
+        return max(0, self.oldest_kept, self.steps - self.length)
 
     def __len__(self):
         """Number of start positions of sequences."""
-        return self.num_envs * max(0, min(self.steps, self.length) - self.window + 1)
+        return self.num_envs * max(0, self.steps - self.oldest - self.window + 1)
+
+    def grow(self, rows):
+        """Make the files long enough for this many steps, and map them. Raises UserError."""
+        try:
+            self.folder.mkdir(exist_ok=True)
+            sizes = [("begun", 8)]  # steps ever begun, counted before they are written
+            sizes += [(k, rows * math.prod(x) * t.itemsize) for k, (x, t) in self.fields.items()]
+            for name, size in sizes:
+                with open(self.folder / f"{name}.bin", "ab") as file:
+                    # Zeros, and not a hole: a full disk must fail here, where it can be caught.
+                    for start in range(file.tell(), size, 2**24):
+                        file.write(bytes(min(2**24, size - start)))
+            maps = {
+                k: np.memmap(self.folder / f"{k}.bin", t, "r+", shape=(rows, *x))
+                for k, (x, t) in self.fields.items()
+            }
+            self.begun = np.memmap(self.folder / "begun.bin", np.int64, "r+", shape=(1,))
+        except OSError as error:
+            raise UserError(f"cannot grow the replay in {self.folder}: {error}") from error
+        self.data, self.rows = maps, rows
 
     def add(self, entry):
         """Append one step of every environment: dict of arrays (num_envs, ...)."""
+        row = self.steps % self.length
+        if row >= self.rows:
+            self.grow(min(row + self.block, self.length))
+        self.begun[0] = max(self.begun[0], self.steps + 1)
         for name, array in self.data.items():
-            array[:, self.steps % self.length] = entry[name]
+            array[row] = entry[name]
         self.steps += 1
         if self.steps % self.window == 0:
             self.fresh.extend((env, self.steps - self.window) for env in range(self.num_envs))
@@ -1240,16 +1300,15 @@ class Replay:
 
         Sequences that were just completed come first, each once; the rest is drawn uniformly.
         """
-        oldest = max(0, self.steps - self.length)
         starts = []
         while self.fresh and len(starts) < self.batch_size:
             env, start = self.fresh.popleft()
-            if start >= oldest:
+            if start >= self.oldest:
                 starts.append((env, start))
         for index in self.rng.integers(len(self), size=self.batch_size - len(starts)):
-            starts.append((index % self.num_envs, oldest + index // self.num_envs))
+            starts.append((index % self.num_envs, self.oldest + index // self.num_envs))
         envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
-        place = envs, (first + np.arange(self.window)) % self.length
+        place = (first + np.arange(self.window)) % self.length, envs
         latents = ("deter", "stoch")
         batch = {name: x[place] for name, x in self.data.items() if name not in latents}
         # An episode abandoned without is_last ends where the next one begins.
@@ -1258,14 +1317,41 @@ class Replay:
 
     def read_latents(self, place):
         """The stored states at a batch's first step, its context: deter (B, D), stoch (B, S)."""
-        envs, steps = place
-        return {name: self.data[name][envs[:, 0], steps[:, 0]] for name in ("deter", "stoch")}
+        steps, envs = place
+        return {name: self.data[name][steps[:, 0], envs[:, 0]] for name in ("deter", "stoch")}
 
     def write_latents(self, place, deter, stoch):
         """Store the states an update computed, (B, T, D) and (B, T, S), for all but the context."""
-        envs, steps = place
-        self.data["deter"][envs, steps[:, 1:]] = deter
-        self.data["stoch"][envs, steps[:, 1:]] = stoch
+        steps, envs = place
+        self.data["deter"][steps[:, 1:], envs] = deter
+        self.data["stoch"][steps[:, 1:], envs] = stoch
+
+    def state_dict(self):
+        """What the files do not hold; with the replay in memory, nothing."""
+        if not self.folder:
+            return None
+        rng = json.dumps(self.rng.bit_generator.state)
+        return {"steps": self.steps, "fresh": list(map(list, self.fresh)), "rng": rng}
+
+    def load_state_dict(self, state):
+        """Go on from the files as they were at a checkpoint.
+
+        Steps from after the checkpoint are dropped: the run writes them anew. Where they had
+        overwritten the oldest steps of the ring, those are lost, and must not be read. (States
+        stored since by updates that were lost stay: every state is of some older network.)
+        """
+        self.steps, self.fresh = state["steps"], deque(map(tuple, state["fresh"]))
+        self.rng.bit_generator.state = json.loads(state["rng"])
+        if not self.steps:
+            return
+        rows = min(self.steps, self.length)
+        for name, (shape, dtype) in self.fields.items():
+            path = self.folder / f"{name}.bin"
+            held = path.stat().st_size if path.exists() else 0
+            if held < rows * math.prod(shape) * dtype.itemsize:
+                raise UserError(f"the replay is damaged: {path} is missing or too short")
+        self.grow(rows)
+        self.oldest_kept = int(self.begun[0]) - self.length
 
 
 # ---- 12. Environments ----------------------------------------------------------------------------
@@ -1283,23 +1369,88 @@ def make_envs(args, num_envs, video=None):
     atari = args.env_id.split(":")[-1].startswith("ALE/")
     if atari:
         import_optional("ale_py", "gymnasium[atari]")  # registers its environments
-    mode, wrappers = "async" if args.async_envs and not atari else None, None
-    if video:  # vector environments do not render: record a single one
-        mode, kwargs["render_mode"] = "sync", "rgb_array"
-        wrappers = [lambda env: gym.wrappers.RecordVideo(env, str(video), lambda episode: True)]
+    if video:  # vector environments do not render
+        kwargs["render_mode"] = "rgb_array"
     elif atari:
         # The C++ environment takes the maximum over two frames and resizes. Rewards and lives stay
         # as the game has them.
         defaults = dict(img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1)
         defaults |= dict(use_fire_reset=False, reward_clipping=False, episodic_life=False)
         kwargs = defaults | kwargs
+
+    def make(index):
+        """One environment of several."""
+        env = gym.make(args.env_id, **kwargs)
+        if video:
+            env = gym.wrappers.RecordVideo(env, str(video), lambda episode: True)
+        return Guard(env, index)
+
+    # Ctrl-C reaches all processes of a terminal; those of --async-envs leave it to this one.
+    main_thread = threading.current_thread() is threading.main_thread()
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
     try:
-        envs = gym.make_vec(args.env_id, num_envs, mode, wrappers=wrappers, **kwargs)
+        module, _, name = args.env_id.rpartition(":")
+        if module:
+            importlib.import_module(module)
+        own_vector = getattr(gym.registry.get(name), "vector_entry_point", None)
+        if own_vector and not video and (atari or not args.async_envs):
+            envs = gym.make_vec(args.env_id, num_envs, **kwargs)
+        else:
+            vector = gym.vector.SyncVectorEnv
+            if args.async_envs:
+                vector = gym.vector.AsyncVectorEnv
+                gym.logger.min_level = 50  # off: it would print what `Guard` says
+            envs = vector([functools.partial(make, index) for index in range(num_envs)])
     except Exception as error:
         raise UserError(f"cannot make --env-id {args.env_id}: {error}") from error
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, interrupt)
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"{args.env_id} does not reset in NEXT_STEP mode: try --async-envs")
     return envs
+
+
+class Guard(gym.Wrapper):
+    """Says what an environment does wrong in one line: which one, where, at which step."""
+
+    def __init__(self, env, index):
+        super().__init__(env)
+        self.index, self.steps = index, 0
+
+    def reset(self, **kwargs):
+        """As gymnasium.Env.reset."""
+        return self.check(lambda: self.env.reset(**kwargs))
+
+    def step(self, action):
+        """As gymnasium.Env.step."""
+        return self.check(lambda: self.env.step(action))
+
+    def check(self, call):
+        """The result of `call`. Raises UserError if it cannot be used."""
+        self.steps += 1
+        try:
+            result = call()
+            problem = self.problem(*result)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            raise UserError(f"environment {self.index}, its step {self.steps}: {problem}")
+        return result
+
+    def problem(self, obs, *rest):
+        """What is wrong with a result of reset or step, or None."""
+        for path, space in leaves(self.observation_space):
+            name = "/".join(("obs", *map(str, path)))
+            value = np.asarray(functools.reduce(operator.getitem, path, obs))
+            if value.shape != (space.shape or ()):
+                return f"{name} has shape {value.shape}, its space {space.shape}"
+            if not np.can_cast(value.dtype, space.dtype, "same_kind"):
+                return f"{name} is {value.dtype}, its space {space.dtype}"
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                return f"{name} is not finite"
+        if len(rest) == 4 and not np.isfinite(rest[0]):
+            return f"the reward is {rest[0]}"
 
 
 def import_optional(module, package):
@@ -1449,20 +1600,30 @@ class Logger:
     The status line is rewritten in place on a terminal, and printed every ten seconds elsewhere.
     """
 
-    def __init__(self, args, folder):
-        self.file = open(folder / "metrics.jsonl", "a", buffering=1)
+    def __init__(self, args, folder, step=0):
+        path, lines = folder / "metrics.jsonl", []
+        if step:  # a resumed run: drop what was written after its checkpoint
+            for line in path.read_text().splitlines() if path.exists() else ():
+                with contextlib.suppress(ValueError):  # the last line may be incomplete
+                    lines += [line] if json.loads(line)["step"] <= step else []
+        path.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in lines))
+        os.replace(path.with_suffix(".tmp"), path)
+        self.file = open(path, "a", buffering=1)
         self.tensorboard = self.wandb = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(folder)
+            self.tensorboard = SummaryWriter(folder, purge_step=step + 1)
         if args.track:
             self.wandb = import_optional("wandb", "wandb")
             where = dict(project=args.wandb_project_name, entity=args.wandb_entity)
-            self.wandb.init(**where, name=folder.name, config=asdict(args))
+            same = dict(id=re.sub(r"\W", "-", folder.name), resume="allow")
+            self.wandb.init(**where, **same, name=folder.name, config=asdict(args))
         self.total, self.terminal = args.total_timesteps, sys.stdout.isatty()
-        self.began = time.time()
-        self.marks = deque([(self.began, 0, 0)], maxlen=20)  # (time, step, updates) of status lines
+        self.began = time.time() - (json.loads(lines[-1])["time"] if lines else 0)
+        self.marks = deque(
+            [(time.time(), step, None)], maxlen=20
+        )  # (time, step, updates) of status lines
         self.returns, self.rate = deque(maxlen=20), 0.0
 
     def write(self, step, metrics):
@@ -1487,6 +1648,8 @@ class Logger:
         now = time.time()
         if now - self.marks[-1][0] < (0.5 if self.terminal else 10):
             return
+        if self.marks[0][2] is None:  # a resumed run has updates behind it
+            self.marks[0] = (*self.marks[0][:2], updates)
         self.marks.append((now, step, updates))
         seconds, steps, trained = np.subtract(self.marks[-1], self.marks[0])
         self.rate = steps / seconds
@@ -1534,12 +1697,14 @@ def keep_freed_memory():
 class Trainer:
     """Collection and training: what a run carries from one step to the next."""
 
-    def __init__(self, args, device, dtype):
+    def __init__(self, args, device, dtype, folder=None, checkpoint=None):
         self.args, n = args, args.num_envs
-        self.envs = Environments(args, n, args.seed)
+        # A resumed run begins new episodes, which shall not be those of its start again.
+        self.envs = Environments(args, n, args.seed + (checkpoint["step"] if checkpoint else 0))
         self.agent = Agent(args, self.envs.spaces, device, dtype)
-        length = -(-min(args.buffer_size, args.total_timesteps + n) // n)
-        self.replay = Replay(length, n, self.envs.spaces, self.agent.model.rssm, args)
+        steps = args.buffer_size if folder else min(args.buffer_size, args.total_timesteps + n)
+        sizes = -(-steps // n), n, self.envs.spaces, self.agent.model.rssm, args
+        self.replay = Replay(*sizes, folder)
         if device.type == "cpu":
             keep_freed_memory()  # from here on: what the replay will fill, nobody has touched yet
         self.step = self.updates = 0
@@ -1547,6 +1712,8 @@ class Trainer:
         self.credit = float(self.updates_per_step > 0)  # updates owed; the first one at once
         self.starts_needed = args.batch_size * args.batch_length  # before training begins [D22]
         self.metrics, self.latents = {}, None  # of the latest update
+        if checkpoint:
+            self.load_state_dict(checkpoint)
         self.obs, self.carry = self.envs.reset(), self.agent.initial(n)
         self.is_first, self.is_last = np.ones(n, bool), np.zeros(n, bool)
         self.is_terminal, self.reward = np.zeros(n, bool), np.zeros(n, np.float32)
@@ -1606,29 +1773,57 @@ class Trainer:
             self.replay.write_latents(place, *(x.numpy() for x in latents))
             self.latents = None
 
+    def state_dict(self):
+        """All that a resumed run needs beside the replay's files."""
+        self.write_latents()
+        counters = {name: getattr(self, name) for name in ("step", "updates", "credit")}
+        random = {"cpu": torch.get_rng_state()}
+        if self.agent.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.agent.device)
+        state = {"agent": self.agent.state_dict(), "replay": self.replay.state_dict()}
+        return counters | state | {"random": random, "spaces": repr(self.envs.spaces)}
 
-def evaluate(agent, args, episodes, video=None):
+    def load_state_dict(self, state):
+        """Take over a `state_dict`. Raises UserError if it does not fit."""
+        if state["spaces"] != repr(self.envs.spaces):
+            raise UserError(f"the environment has other spaces now: {self.envs.spaces}")
+        self.agent.load_state_dict(state["agent"])
+        self.step, self.updates, self.credit = state["step"], state["updates"], state["credit"]
+        if self.replay.folder and state["replay"]:
+            self.replay.load_state_dict(state["replay"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.agent.device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.agent.device)
+
+
+LONGEST_EPISODE = 100_000  # steps after which an evaluation counts an episode as it stands
+
+
+def evaluate(agent, args, episodes, video=None, stop=()):
     """Returns of `episodes` episodes in environments of their own; `video`: folder to record in.
 
     Takes the most likely actions, or samples with --eval-sample. Each environment plays a fixed
-    number of episodes: taking the first ones to finish would favour short episodes. An environment
-    whose episodes never end is never finished with: give it a time limit.
+    number of episodes: taking the first ones to finish would favour short episodes. Ends at once,
+    with fewer, when something is put into the list `stop`.
     """
     num_envs = 1 if video else min(episodes, 8)
     envs = Environments(args, num_envs, seed=args.seed + 10_000, video=video)
     remaining = np.array([len(range(i, episodes, num_envs)) for i in range(num_envs)])
     obs, is_first, carry = envs.reset(), np.ones(num_envs, bool), agent.initial(num_envs)
     running, returns, is_last = np.zeros(num_envs), [], np.zeros(num_envs, bool)
-    while remaining.any():
+    length = np.zeros(num_envs, int)
+    while remaining.any() and not stop:
         tensors = to_device(obs | {"is_first": is_first}, agent.device)
         carry = agent.act(tensors, tensors.pop("is_first"), carry, greedy=not args.eval_sample)
         envs.send(carry[-1].cpu().numpy())
         obs, reward, terminated, truncated = envs.receive()
         running += reward
         is_first, is_last = is_last, terminated | truncated
-        returns += list(running[is_last & (remaining > 0)])
-        remaining -= is_last & (remaining > 0)
-        running[is_last] = 0
+        length += 1
+        over = is_last | (length >= LONGEST_EPISODE)
+        returns += list(running[over & (remaining > 0)])
+        remaining -= over & (remaining > 0)
+        running[over] = length[over] = 0
     envs.envs.close()
     return np.array(returns)
 
@@ -1642,34 +1837,43 @@ def summary(returns):
     return f"{text}, {len(returns)} episodes"
 
 
-def save_checkpoint(path, agent, args, step, updates):
-    """Write what `load_checkpoint` needs.
+def save_checkpoint(path, trainer):
+    """Write what `load_checkpoint` needs. Raises UserError, and leaves what was there.
 
     First to a temporary file, then in place in one step: a run that is killed leaves the old
-    checkpoint or the new one, never half of one.
+    checkpoint or the new one, never half of one. Networks that are not finite are not saved.
     """
-    state = {"args": asdict(args), "step": step, "updates": updates, "agent": agent.state_dict()}
+    trainer.agent.check_finite()
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path, device):
-    """The dict of `save_checkpoint`. Executes no code from the file. Raises UserError."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with open(temporary, "wb") as file:
+            torch.save({"args": asdict(trainer.args)} | trainer.state_dict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot save {path}: {first_line(error)}") from error
+
+
+def load_checkpoint(path):
+    """The dict of `save_checkpoint`, on the CPU. Executes no code from it. Raises UserError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load the checkpoint {path}: {reason}") from error
+        raise UserError(f"cannot load the checkpoint {path}: {first_line(error)}") from error
+
+
+def first_line(error):
+    """What an exception says, without the advice below it."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def evaluate_checkpoint(args, device, dtype):
     """--evaluate: play with the networks, in the environment, of a checkpoint. Returns returns."""
-    checkpoint = load_checkpoint(args.evaluate, device)
+    checkpoint = load_checkpoint(args.evaluate)
     kept = "evaluate eval_episodes eval_sample capture_video seed cuda dtype".split()
     args = replace(checkpoint["args"], compile=False, **{k: getattr(args, k) for k in kept})
     envs = Environments(args, 1, args.seed)
@@ -1708,6 +1912,9 @@ def check_args(args):
         raise UserError(f"--deter {net['deter']} must be divisible by 8 and --blocks {args.blocks}")
     if not 2 <= net["classes"] <= 256:
         raise UserError(f"--classes must be in [2, 256], not {net['classes']}")
+    modes = [name for name in ("evaluate", "resume", "benchmark") if getattr(args, name)]
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]} cannot go together")
     if args.evaluate and not args.eval_episodes:
         raise UserError("--evaluate needs --eval-episodes of at least 1")
     if args.benchmark and not args.train_ratio:
@@ -1745,14 +1952,21 @@ def describe(trainer, folder, dtype):
     device = "CPU" if cpu else torch.cuda.get_device_name(agent.device)
     print(f"environment  {args.env_id} x {args.num_envs}: {', '.join(sees)}; actions {acts}")
     print(f"parameters   {count(agent.model):,}: {parts}")
-    print(f"replay       {args.num_envs} x {replay.length:,} steps, {replay.nbytes / 1e9:.2f} GB")
+    steps = min(replay.length, -(-args.total_timesteps // args.num_envs))
+    where = "files" if replay.folder else "memory"
+    size = f"{args.num_envs} x {steps:,} steps, {steps * replay.step_bytes / 1e9:.2f} GB"
+    print(f"replay       {size} in {where} at the end")
     print(f"device       {device}, {str(dtype).removeprefix('torch.')}")
     print(f"schedule     {ratio:.3g} updates a step, {args.total_timesteps * ratio:,.0f} in all")
     if cpu:
         print("             slow on a CPU: the status line shows the time left once updates begin")
     if args.compile and ratio:
         print("             the first update compiles, for a minute or two")
-    print(f"run          {folder}", flush=True)
+    after = f", resumed after step {trainer.step:,}" if trainer.step else ""
+    print(f"run          {folder}{after}", flush=True)
+
+
+BENCHMARK_SECONDS = 60  # for the updates; the other measurements take less
 
 
 def benchmark(args, device, dtype):
@@ -1777,21 +1991,23 @@ def benchmark(args, device, dtype):
         trainer.collect_and_train()
     warmup = measure(trainer.train, 5, 0).sum() / 1e3
     print("measuring updates, actions, then both ...", flush=True)
-    update = measure(trainer.train, 5, 60, 50)
+    update = measure(trainer.train, 5, BENCHMARK_SECONDS, 50)
     one = to_device({k: x[:1] for k, x in trainer.obs.items()}, device)
     is_first, carry = torch.zeros(1, dtype=torch.bool, device=device), agent.initial(1)
-    act = measure(lambda: agent.act(one, is_first, carry)[-1].cpu(), 100, 3)[10:]
-    # Whole cycles of the schedule: as many steps as lie between updates, at least 20 seconds.
+    act = measure(lambda: agent.act(one, is_first, carry)[-1].cpu(), 100, 0)[10:]
+    # Whole cycles of the schedule: as many steps as lie between two updates.
     trainer.starts_needed, trainer.credit = 1, 0.0
     cycle = math.ceil(1 / (args.num_envs * trainer.updates_per_step))
-    steps = measure(lambda: [trainer.collect_and_train() for _ in range(cycle)], 2, 20)
+    steps = measure(
+        lambda: [trainer.collect_and_train() for _ in range(cycle)], 2, BENCHMARK_SECONDS / 3
+    )
     if cuda:
         memory = torch.cuda.max_memory_allocated() / 2**20
     else:
         resource = importlib.import_module("resource")  # not on Windows
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     matrix = torch.randn(8192 if cuda else 2048, 8192 if cuda else 2048, device=device).to(dtype)
-    peak = 2 * len(matrix) ** 3 / measure(lambda: matrix @ matrix, 10, 2).min()  # FLOP a ms
+    peak = 2 * len(matrix) ** 3 / measure(lambda: matrix @ matrix, 20, 0).min()  # FLOP a ms
     batch, place = replay.sample()
     batch = to_device(batch | replay.read_latents(place), device)
     with FlopCounterMode(display=False) as flops, torch.compiler.set_stance("force_eager"):
@@ -1817,6 +2033,13 @@ def benchmark(args, device, dtype):
     return result
 
 
+# What --resume takes from the command line; everything else stays as the run had it.
+FREE_TO_CHANGE = """
+    resume total_timesteps eval_every eval_episodes eval_sample log_every save_every capture_video
+    track wandb_project_name wandb_entity cuda dtype compile torch_deterministic async_envs run_dir
+""".split()
+
+
 def main(args):
     """Train as `args` say, or evaluate. Returns the returns of the last evaluation."""
     check_args(args)
@@ -1827,67 +2050,122 @@ def main(args):
         return evaluate_checkpoint(args, device, dtype)
     if args.benchmark:
         return benchmark(args, device, dtype)
-
-    trainer = Trainer(args, device, dtype)
-    agent = trainer.agent
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
-    folder = Path(args.run_dir) / f"{env_name}__{args.exp_name}__{args.seed}__{stamp}"
-    try:
-        folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to --run-dir {args.run_dir}: {error}") from error
-    describe(trainer, folder, dtype)
     if args.capture_video:  # fail now rather than at the first evaluation
-        Environments(args, 1, args.seed, video=folder / "videos").envs.close()
-    logger = Logger(args, folder)
+        with tempfile.TemporaryDirectory() as folder:
+            Environments(args, 1, args.seed, video=folder).envs.close()
 
-    returns = None
+    checkpoint = None
+    if args.resume:
+        folder = Path(args.resume)
+        checkpoint = load_checkpoint(folder / "checkpoint.pt")
+        for name, old in asdict(checkpoint["args"]).items():
+            if name not in FREE_TO_CHANGE and getattr(args, name) != old:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {old} in this run, and must not become anything else")
+        if checkpoint["step"] >= args.total_timesteps:
+            done = f"{checkpoint['step']:,} steps of {args.total_timesteps:,}"
+            raise UserError(f"the run is complete: {done}; --total-timesteps can take it further")
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
+        folder = Path(args.run_dir) / f"{env_name}__{args.exp_name}__{args.seed}__{stamp}"
+    files = folder / "replay" if args.save_replay else None
+    trainer = Trainer(args, device, dtype, files, checkpoint)
+    agent = trainer.agent
+    try:
+        # A new run appears with a checkpoint inside: whatever is there can be resumed.
+        new = folder if args.resume else folder.with_name(f"{folder.name}.new")
+        new.mkdir(parents=True, exist_ok=bool(args.resume))
+        (new / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        if not args.resume:
+            save_checkpoint(new / "checkpoint.pt", trainer)
+            new.rename(folder)
+        logger = Logger(args, folder, trainer.step)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.parent}: {error}") from error
+    describe(trainer, folder, dtype)
+
+    stop, returns, warned = [], None, False
+
+    def on_signal(number, frame):
+        """Ask the loop to end; the second time, end the process."""
+        if stop:
+            os._exit(128 + number)
+        stop.append(number)
+        os.write(2, b"\nstopping after this step; once more, and it stops at once\n")
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {x: signal.signal(x, on_signal) for x in (signal.SIGINT, signal.SIGTERM)}
     due = lambda every: every and step // every > (step - args.num_envs) // every
     try:
-        while trainer.step < args.total_timesteps:
+        while trainer.step < args.total_timesteps and not stop:
             episodes = trainer.collect_and_train()
             step, updates = trainer.step, trainer.updates
             for episode_return, length in episodes:
                 logger.episode(step, episode_return, length)
+            if not warned and trainer.episode_length.max() >= LONGEST_EPISODE:
+                env, warned = trainer.episode_length.argmax(), True
+                logger.show(f"environment {env}: no end of an episode in {LONGEST_EPISODE:,} steps")
             logger.status(step, updates)
             if updates and due(args.log_every):
+                agent.check_finite()
                 speed = {"charts/updates": updates, "charts/SPS": logger.rate}
                 logger.write(step, trainer.metrics | speed)
-            if due(args.save_every):
-                save_checkpoint(folder / "checkpoint.pt", agent, args, step, updates)
             if args.eval_episodes and (due(args.eval_every) or step >= args.total_timesteps):
-                returns = evaluate(agent, args, args.eval_episodes)
+                returns = evaluate(agent, args, args.eval_episodes, stop=stop)
+                if stop:
+                    break
                 names = ("eval/episodic_return", "eval/episodic_return_std")
                 logger.write(step, dict(zip(names, (returns.mean(), returns.std()), strict=True)))
                 logger.show(f"step {step:,}  evaluation: {summary(returns)}")
                 if args.capture_video:
-                    evaluate(agent, args, 1, video=folder / f"videos/step_{step}")
-    finally:  # on Ctrl-C too
-        save_checkpoint(folder / "checkpoint.pt", agent, args, trainer.step, trainer.updates)
-        logger.show(f"saved {folder / 'checkpoint.pt'} at step {trainer.step:,}")
-        trainer.envs.envs.close()
-        logger.close()
+                    evaluate(agent, args, 1, folder / f"videos/step_{step}", stop)
+            if due(args.save_every):  # last: what is logged up to a checkpoint stays
+                save_checkpoint(folder / "checkpoint.pt", trainer)
+    finally:
+        try:
+            save_checkpoint(folder / "checkpoint.pt", trainer)
+            logger.show(f"saved {folder / 'checkpoint.pt'} at step {trainer.step:,}")
+        finally:
+            trainer.envs.envs.close()
+            logger.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if stop:
+        sys.exit(128 + stop[0])
     return returns
 
 
-def cli():
-    """The command line: one line and exit status 2 for what the user can put right."""
+def parse(default=None):
+    """The command line as Args, with one line and exit status 2 for what is wrong with it."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+            return tyro.cli(Args, description=__doc__.split("\n\n")[0], default=default)
     except SystemExit as done:
         if done.code:  # tyro's message is in a box, with advice below a line
             text = re.split("─{9,} │|For full helptext", message.getvalue().split("╮", 1)[-1])[0]
-            print("dreamer_v3.py: error:", *re.sub("[│─]", " ", text).split(), file=sys.stderr)
-        sys.exit(done.code)
+            fail(re.sub("[│─]", " ", text))
+        raise
+
+
+def fail(message):
+    """Say in one line what the user can put right, and leave."""
+    print("dreamer_v3.py: error:", *str(message).split(), file=sys.stderr)
+    sys.exit(2)
+
+
+def cli():
+    """The command line."""
+    args = parse()
     try:
+        if args.resume:  # flags that are not given are the run's
+            check_args(args)
+            args = parse(load_checkpoint(Path(args.resume) / "checkpoint.pt")["args"])
         main(args)
     except UserError as error:
-        print("dreamer_v3.py: error:", *str(error).split(), file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -10,6 +10,8 @@ G documents, H mutations, P parity. On two CPU cores everything takes a few minu
 """
 
 import ast
+import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -17,14 +19,18 @@ import math
 import os
 import pickle
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 import zlib
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +41,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces as gs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dreamer_v3
 from dreamer_v3 import Agent, Args, Dreamer, Replay, Spaces, UserError
@@ -984,12 +992,11 @@ def fill(replay, steps, first=lambda i: i == 0):
     return replay
 
 
-def make_replay(length, envs):
+def make_replay(length, envs, folder=None):
     """A replay for batches of 4 sequences of 3 + 1 steps."""
     rssm = SimpleNamespace(deter_dim=8, stoch_shape=(2, 4))
-    return Replay(
-        length, envs, Spaces(0, (("x", 1, ()),), (2,), 2), rssm, tiny(batch_size=4, batch_length=3)
-    )
+    args = tiny(batch_size=4, batch_length=3)
+    return Replay(length, envs, Spaces(0, (("x", 1, ()),), (2,), 2), rssm, args, folder)
 
 
 def draw(replay):
@@ -1632,10 +1639,10 @@ def test_checkpoint_roundtrip(tmp_path):
     batch = make_batch(VECTOR, first.args)
     for _ in range(3):
         first.update(batch)
-    dreamer_v3.save_checkpoint(tmp_path / "checkpoint.pt", first, first.args, 123, 3)
+    dreamer_v3.save_checkpoint(tmp_path / "checkpoint.pt", holder(first, step=123))
     assert [x.name for x in tmp_path.iterdir()] == ["checkpoint.pt"], "no temporary file stays"
-    checkpoint = dreamer_v3.load_checkpoint(tmp_path / "checkpoint.pt", "cpu")
-    assert (checkpoint["step"], checkpoint["updates"], checkpoint["args"]) == (123, 3, first.args)
+    checkpoint = dreamer_v3.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert (checkpoint["step"], checkpoint["args"]) == (123, first.args)
     second.load_state_dict(checkpoint["agent"])
     for _ in range(2):
         for (name, p), q in zip(
@@ -1647,6 +1654,12 @@ def test_checkpoint_roundtrip(tmp_path):
         for agent in (first, second):
             torch.manual_seed(7)
             agent.update(batch)
+
+
+def holder(agent, **state):
+    """In place of a Trainer: what `save_checkpoint` reads of it."""
+    state_dict = lambda: {"agent": agent.state_dict()} | state
+    return SimpleNamespace(agent=agent, args=agent.args, state_dict=state_dict)
 
 
 def act_once(agent, batch):
@@ -1678,13 +1691,13 @@ class Evil:
 def test_malicious_checkpoint(writer, tmp_path):
     """Group E: code in a checkpoint is not executed."""
     path, mark = tmp_path / "evil.pt", tmp_path / "executed"
-    content = {"args": {}, "step": 0, "updates": 0, "agent": Evil(mark)}
+    content = {"args": {}, "step": 0, "agent": Evil(mark)}
     if writer == "torch":
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError):
-        dreamer_v3.load_checkpoint(path, "cpu")
+        dreamer_v3.load_checkpoint(path)
     assert not mark.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
     assert mark.exists(), "the file must be able to do harm"
@@ -1693,7 +1706,7 @@ def test_malicious_checkpoint(writer, tmp_path):
 def test_damaged_checkpoints(tmp_path):
     """Group E: half a file, no file, a folder and other files are refused."""
     agent, path = make_agent(VECTOR), tmp_path / "checkpoint.pt"
-    dreamer_v3.save_checkpoint(path, agent, agent.args, 0, 0)
+    dreamer_v3.save_checkpoint(path, holder(agent))
     content = path.read_bytes()
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
@@ -1701,7 +1714,7 @@ def test_damaged_checkpoints(tmp_path):
     torch.save({"args": {"nonsense": 1}}, tmp_path / "other.pt")
     for name in ("half.pt", "empty.pt", "list.pt", "other.pt", "missing.pt", "."):
         with pytest.raises(UserError):
-            dreamer_v3.load_checkpoint(tmp_path / name, "cpu")
+            dreamer_v3.load_checkpoint(tmp_path / name)
 
 
 def command(*args):
@@ -2108,9 +2121,9 @@ def window_too_short(original, self):
 
 def latents_shifted(original, self, place, deter, stoch):
     """Latent states written one step early."""
-    envs, steps = place
-    self.data["deter"][envs, steps[:, :-1]] = deter
-    self.data["stoch"][envs, steps[:, :-1]] = stoch
+    steps, envs = place
+    self.data["deter"][steps[:, :-1], envs] = deter
+    self.data["stoch"][steps[:, :-1], envs] = stoch
 
 
 def latents_never_refreshed(original, self, place, deter, stoch):
@@ -2223,6 +2236,620 @@ def test_mutation(name, tmp_path, monkeypatch):
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         run()
+
+
+# ---- I. Speed: what is captured, what is measured ------------------------------------------------
+
+
+def make_train_batch(spaces, args, batch=2, length=4):
+    """A random batch as `Agent.train_step` takes it."""
+    steps = make_batch(spaces, args, batch, length + 1)
+    names = ("reward", "is_first", "is_last", "is_terminal")
+    context = dict(deter=steps["deter"].half(), stoch=steps["stoch"].argmax(-1).to(torch.uint8))
+    flat = {name: steps[name] for name in names} | steps["obs"] | context
+    return flat | {"action": steps["prev_action"]}
+
+
+class Ops(TorchDispatchMode):
+    """Notes the name of every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"}
+
+
+def check_no_waiting(spaces=MIXED):
+    """Neither an update nor an action reads a value of the device on the host."""
+    agent = make_agent(spaces)
+    batch = make_train_batch(spaces, agent.args)
+    obs = {key: batch[key][:, 0] for key in ("image", "vector") if key in batch}
+    with Ops() as ops:
+        agent.train_step(batch)
+        agent.act(obs, batch["is_first"][:, 0], agent.initial(2))
+    assert len(ops.names) > 50
+    assert not ops.names & WAITING
+
+
+@pytest.mark.parametrize("spaces", [MIXED, CONTINUOUS], ids=["mixed", "continuous"])
+def test_no_host_synchronisation(spaces):
+    """Group I: what a CUDA graph captures must not wait for the host."""
+    check_no_waiting(spaces)
+
+
+def fake_cuda(patch, agent, wrapper):
+    """Stand-ins for torch.cuda: recording changes nothing, and replaying computes in place."""
+    function, calls = wrapper.function, []
+
+    def spy(*inputs):
+        outputs = function(*inputs)
+        calls.append((inputs, outputs))
+        return outputs
+
+    class Graph:
+        def replay(self):
+            inputs, outputs = self.recorded
+            new = function(*inputs)
+            for old, x in zip(tree_leaves(outputs), tree_leaves(new), strict=True):
+                old.copy_(x)
+
+    @contextlib.contextmanager
+    def record(graph):
+        state, random = copy.deepcopy(agent.state_dict()), torch.get_rng_state()
+        yield
+        agent.load_state_dict(state)
+        torch.set_rng_state(random)
+        graph.recorded = calls[-1]
+
+    wrapper.function = spy
+    stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+    patch.setattr(torch.cuda, "Stream", stream)
+    patch.setattr(torch.cuda, "current_stream", stream)
+    patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    patch.setattr(torch.cuda, "CUDAGraph", Graph)
+    patch.setattr(torch.cuda, "graph", record)
+    return calls
+
+
+def test_graph_of_an_update(monkeypatch):
+    """Group I: warm-up, recording and replays are the same updates as without a graph."""
+    plain, graphed = make_agent(VECTOR), make_agent(VECTOR)
+    graphed.load_state_dict(plain.state_dict())
+    graphed.learn = dreamer_v3.CudaGraph(graphed._learn)
+    calls = fake_cuda(monkeypatch, graphed, graphed.learn)
+    for i in range(7):
+        torch.manual_seed(i)
+        batch = make_train_batch(VECTOR, plain.args)
+        results = []
+        for agent in (plain, graphed):
+            torch.manual_seed(100 + i)
+            results.append(agent.train_step({key: x.clone() for key, x in batch.items()}))
+        for a, b in zip(*map(tree_leaves, results), strict=True):
+            assert torch.equal(a, b)
+    assert len(calls) == 4, "three calls to warm up, one to record"
+    for (name, p), q in zip(
+        plain.model.state_dict().items(), graphed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(p, q), name
+
+
+def test_graphs_of_actions(monkeypatch):
+    """Group I: one graph for each number of environments and mode; results stay what they were."""
+    agent = make_agent(VECTOR)
+    agent.decide = dreamer_v3.CudaGraph(agent._decide)
+    fake_cuda(monkeypatch, agent, agent.decide)
+    batch = make_batch(VECTOR, agent.args, batch=4)
+    for greedy, n in ((True, 2), (True, 4), (False, 2)):
+        obs = {key: x[:n, 0] for key, x in batch["obs"].items()}
+        carry = agent.initial(n)
+        for i in range(6):
+            torch.manual_seed(i)
+            expected = agent._decide(obs, batch["is_first"][:n, 0], carry, greedy)
+            torch.manual_seed(i)
+            before = [x.clone() for x in carry]
+            carry, old = agent.act(obs, batch["is_first"][:n, 0], carry, greedy), carry
+            assert all(torch.equal(a, b) for a, b in zip(carry, expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before, old, strict=True))
+    assert len(agent.decide.graphs) == 3
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    """Group I: the last line is the JSON object; the arithmetic grows with the batch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dreamer_v3, "BENCHMARK_SECONDS", 0.1)
+    results = {}
+    for size in (2, 4):
+        args = tiny(benchmark=True, env_id="CartPole-v1", batch_size=size, dtype="float32")
+        results[size] = dreamer_v3.main(args)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results[size]
+    result = results[2]
+    assert result["update_ms_min"] <= result["update_ms"] <= result["update_ms_max"]
+    agent = make_agent(Spaces(0, (("obs", 4, ()),), (2,), 2))
+    assert result["params"] == sum(p.numel() for p in agent.model.parameters() if p.requires_grad)
+    assert results[4]["flops_per_update"] == 2 * result["flops_per_update"] > 1e6
+    for name in ("act_ms", "env_steps_per_s", "peak_share", "peak_memory_mb", "warmup_s"):
+        assert result[name] > 0, name
+    assert (result["device"], result["dtype"], result["size"]) == ("cpu", "float32", "1m")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- J. Runs that survive ------------------------------------------------------------------------
+
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: set SLOW=1")
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_replay(folder):
+    """The bytes of a run's replay, by file."""
+    return {path.name: path.read_bytes() for path in sorted((folder / "replay").iterdir())}
+
+
+CONTINUE = """
+import sys
+from pathlib import Path
+import torch
+import dreamer_v3, test_dreamer_v3
+
+torch.set_num_threads(1)
+folder, updates = Path(sys.argv[1]), int(sys.argv[2])
+checkpoint = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
+args = checkpoint["args"]
+trainer = dreamer_v3.Trainer(args, *dreamer_v3.choose_device(args), folder / "replay", checkpoint)
+for _ in range(updates):
+    trainer.train()
+dreamer_v3.save_checkpoint(folder / "checkpoint.pt", trainer)
+"""
+
+
+@pytest.mark.parametrize("buffer_size", [1000, 36])
+def test_resume_is_exact(buffer_size, tmp_path):
+    """Group J: N + M updates are N updates, a new process, and M updates, bit for bit."""
+    args = tiny(env_id="TestCounting-v0", num_envs=3, buffer_size=buffer_size, dtype="float32")
+    device, dtype = torch.device("cpu"), torch.float32
+    (tmp_path / "a").mkdir()
+    trainer = dreamer_v3.Trainer(args, device, dtype, tmp_path / "a" / "replay")
+    for _ in range(30):
+        trainer.collect_and_train()
+    assert trainer.updates > 5
+    dreamer_v3.save_checkpoint(tmp_path / "a" / "checkpoint.pt", trainer)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for _ in range(4):
+        trainer.train()
+    dreamer_v3.save_checkpoint(tmp_path / "a" / "checkpoint.pt", trainer)
+    command = [sys.executable, "-c", CONTINUE, str(tmp_path / "b"), "4"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (dreamer_v3.load_checkpoint(tmp_path / x / "checkpoint.pt") for x in "ab")
+    assert first.keys() == second.keys() >= {"agent", "random", "replay", "credit", "updates"}
+    for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert read_replay(tmp_path / "a") == read_replay(tmp_path / "b")
+
+
+def test_resume_continues(tmp_path):
+    """Group J: a run in two parts has one set of metrics and the updates of its steps."""
+    common = dict(env_id="TestCounting-v0", run_dir=str(tmp_path), log_every=10, save_every=20)
+    dreamer_v3.main(tiny(**common, total_timesteps=70))
+    (folder,) = tmp_path.iterdir()
+    first = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
+    with open(folder / "metrics.jsonl", "a") as file:  # what a killed run may leave
+        file.write('{"step": 75, "charts/updates": 99}\n{"step": 8')
+    before = read_metrics_until(folder, 70)
+    dreamer_v3.main(replace(first["args"], resume=str(folder), total_timesteps=150))
+    last = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
+    assert (first["step"], last["step"]) == (70, 150)
+    assert last["updates"] - first["updates"] == 80 * 2 / 8  # train_ratio / (B T) for each step
+    lines = read_metrics(folder)
+    assert lines[: len(before)] == before
+    logged = [line["step"] for line in lines if "charts/updates" in line]
+    assert logged == list(range(logged[0], 151, 10)) and logged[0] <= 20
+    assert [x["step"] for x in lines] == sorted(x["step"] for x in lines)
+
+
+def read_metrics_until(folder, step):
+    """The lines of a run's metrics up to a step; later ones may be broken."""
+    lines = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if line["step"] <= step]
+
+
+@pytest.mark.parametrize("kept, lost", [(3, 4), (14, 6), (30, 9), (30, 40)])
+def test_steps_after_the_checkpoint_are_dropped(kept, lost, tmp_path):
+    """Group J: what later steps overwrote in the ring is not read, before and after new steps."""
+    replay = fill(make_replay(11, 2, tmp_path / "replay"), kept)
+    state = json.loads(json.dumps(replay.state_dict()))
+    fill(replay, lost)
+    resumed = make_replay(11, 2, tmp_path / "replay")
+    resumed.load_state_dict(state)
+    held = range(max(0, kept + lost - 11), kept)
+    assert len(resumed) == 2 * max(0, len(held) - 3)
+    for step in range(kept, kept + lost + 15):
+        if len(resumed):
+            starts = {start for _ in range(20) for _, start in draw(resumed)}
+            assert min(starts) >= max(held.start, step - 11)
+        fill(resumed, 1)
+    assert len(resumed) == 2 * 8
+
+
+def test_replay_must_be_whole(tmp_path):
+    """Group J: missing and short files of the replay are named."""
+    replay = fill(make_replay(11, 2, tmp_path / "replay"), 9)
+    for damage in (lambda path: os.truncate(path, 3), os.remove):
+        damage(tmp_path / "replay" / "reward.bin")
+        with pytest.raises(UserError, match="reward.bin"):
+            make_replay(11, 2, tmp_path / "replay").load_state_dict(replay.state_dict())
+
+
+def test_replay_in_memory(tmp_path):
+    """Group J: with --no-save-replay a resumed run fills its replay anew."""
+    settings = dict(env_id="TestCounting-v0", run_dir=str(tmp_path), save_replay=False)
+    dreamer_v3.main(tiny(**settings))
+    (folder,) = tmp_path.iterdir()
+    assert {x.name for x in folder.iterdir()} == {"args.json", "checkpoint.pt", "metrics.jsonl"}
+    args = replace(tiny(**settings), resume=str(folder), total_timesteps=80)
+    dreamer_v3.main(args)
+    assert dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["step"] == 80
+
+
+def test_resume_refuses_changes(tmp_path):
+    """Group J: what a run is made of stays; each refusal names the flag."""
+    args = tiny(env_id="TestCounting-v0", run_dir=str(tmp_path))
+    dreamer_v3.main(args)
+    (folder,) = tmp_path.iterdir()
+    args = replace(args, resume=str(folder))
+    with pytest.raises(UserError, match="complete"):
+        dreamer_v3.main(args)
+    args.total_timesteps = 60
+    for name, value in dict(
+        size="12m", env_id="CartPole-v1", num_envs=2, batch_size=3, buffer_size=500, gamma=0.9,
+        seed=2, deter=64, train_ratio=1.0, save_replay=False,
+    ).items():  # fmt: skip
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
+            dreamer_v3.main(replace(args, **{name: value}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Counting, "action_space", gs.Discrete(4))
+        with pytest.raises(UserError, match="spaces"):
+            dreamer_v3.main(args)
+    dreamer_v3.main(args)
+
+
+class Faulty(gym.Env):
+    """Does one thing wrong at its 20th step."""
+
+    observation_space = gs.Dict({"a": gs.Box(-9, 9, (2,), np.float32), "b": gs.Discrete(3)})
+    action_space = gs.Discrete(2)
+
+    def __init__(self, fault):
+        self.fault, self.t = fault, 0
+
+    def reset(self, *, seed=None, options=None):
+        return self.observe(), {}
+
+    def observe(self):
+        return {"a": np.zeros(2, np.float32), "b": 0}
+
+    def step(self, action):
+        self.t += 1
+        obs, reward = self.observe(), 0.0
+        if self.t == 20:
+            match self.fault:
+                case "raises":
+                    raise RuntimeError("the simulator broke\nin two lines")
+                case "nan":
+                    obs["a"][1] = np.nan
+                case "infinite reward":
+                    reward = np.inf
+                case "shape":
+                    obs["a"] = np.zeros(3, np.float32)
+                case "dtype":
+                    obs["b"] = 0.5
+                case "missing":
+                    del obs["a"]
+        return obs, reward, self.fault == "ends at once", self.t % 5 == 0, {}
+
+
+gym.register("TestFaulty-v0", entry_point=Faulty)
+FAULTS = {
+    "raises": "RuntimeError: the simulator broke",
+    "nan": "obs/a is not finite",
+    "infinite reward": "the reward is inf",
+    "shape": r"obs/a has shape \(3,\), its space \(2,\)",
+    "dtype": "obs/b is float64, its space int64",
+    "missing": "KeyError: 'a'",
+}
+
+
+@pytest.mark.parametrize("async_envs", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_environment_faults(fault, async_envs, tmp_path):
+    """Group J: one line says which environment, what and when; the run can be resumed."""
+    kwargs = json.dumps({"fault": fault})
+    args = tiny(env_id="TestFaulty-v0", env_kwargs=kwargs, run_dir=str(tmp_path), num_envs=2)
+    # A step that resets does not count for the environment: 20 of its own, 4 resets, the first.
+    with pytest.raises(UserError, match=rf"environment [01], its step 2\d: {FAULTS[fault]}"):
+        dreamer_v3.main(replace(args, async_envs=async_envs, total_timesteps=100))
+    (folder,) = tmp_path.iterdir()
+    assert 40 < dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["step"] < 60
+    with pytest.raises(UserError, match="environment"):
+        resumed = replace(args, async_envs=async_envs, total_timesteps=200, resume=str(folder))
+        dreamer_v3.main(resumed)
+    assert 80 < dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["step"] < 120
+
+
+def test_episodes_of_one_step(tmp_path):
+    """Group J: an environment that ends at its first step trains and is evaluated."""
+    kwargs = json.dumps({"fault": "ends at once"})
+    args = tiny(env_id="TestFaulty-v0", env_kwargs=kwargs, run_dir=str(tmp_path), eval_episodes=3)
+    assert len(dreamer_v3.main(args)) == 3
+
+
+class Endless(Counting):
+    """Never ends an episode."""
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(action), 1.0, False, False, {}
+
+
+gym.register("TestEndless-v0", entry_point=Endless)
+
+
+def test_episodes_without_end(tmp_path, monkeypatch, capsys):
+    """Group J: training says so once, an evaluation counts what it has seen."""
+    monkeypatch.setattr(dreamer_v3, "LONGEST_EPISODE", 15)
+    args = tiny(env_id="TestEndless-v0", run_dir=str(tmp_path), eval_episodes=10)
+    assert list(dreamer_v3.main(args)) == [15] * 10
+    assert capsys.readouterr().out.count("no end of an episode in 15 steps") == 1
+
+
+def test_non_finite_updates(tmp_path, monkeypatch):
+    """Group J: the loss that failed first is named, and the last good checkpoint stays."""
+    original, calls = dreamer_v3.categorical_kl, []
+
+    def broken(*args):
+        calls.append(0)
+        return original(*args) * (math.nan if len(calls) == 12 else 1)  # two calls an update
+
+    monkeypatch.setattr(dreamer_v3, "categorical_kl", broken)
+    args = tiny(env_id="TestCounting-v0", run_dir=str(tmp_path), save_every=1, log_every=7)
+    with pytest.raises(UserError, match="not finite: losses/rep, losses/total, losses/grad_norm$"):
+        dreamer_v3.main(args)
+    (folder,) = tmp_path.iterdir()
+    state = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
+    assert state["updates"] == 5
+    floats = [
+        x for x in tree_leaves(state) if isinstance(x, torch.Tensor) and x.is_floating_point()
+    ]
+    assert len(floats) > 50 and all(x.isfinite().all() for x in floats)
+
+
+class Wide(gym.Env):
+    """Large observations: the replay grows fast."""
+
+    observation_space = gs.Box(-1, 1, (2000,), np.float32)
+    action_space = gs.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2000, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2000, np.float32), 0.0, False, False, {}
+
+
+gym.register("TestWide-v0", entry_point=Wide)
+
+
+def start(*arguments, limit=None):
+    """Start dreamer_v3.py with this file's environments; files may not be larger than `limit`."""
+    code = "import test_dreamer_v3, dreamer_v3; dreamer_v3.cli()"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env["PYTHONPATH"] = str(Path(__file__).parent)
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, preexec_fn=full if limit else None,
+    )  # fmt: skip
+
+
+def test_files_that_cannot_grow(tmp_path):
+    """Group J: when the replay or a checkpoint does not fit, one line says so; both stay whole."""
+    settings = tiny(
+        env_id="TestWide-v0",
+        run_dir=str(tmp_path),
+        total_timesteps=3000,
+        buffer_size=5000,
+        train_ratio=0.1,
+    )
+    process = start(*flags(settings), limit=12 * 2**20)  # 1,024 steps take 8 MB
+    out, err = process.communicate()
+    assert process.returncode == 2 and len(err.strip().splitlines()) == 1, err
+    assert "cannot grow the replay" in err
+    (folder,) = tmp_path.iterdir()
+    step = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["step"]
+    assert step == 1024
+    # Even less room: the next checkpoint does not fit, and the old one stays.
+    before = (folder / "checkpoint.pt").read_bytes()
+    process = start("--resume", str(folder), "--save-every", "1", limit=len(before) // 2)
+    out, err = process.communicate()
+    assert process.returncode == 2 and len(err.strip().splitlines()) == 1, err
+    assert "cannot" in err
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not list(folder.glob("checkpoint.tmp"))
+    process = start("--resume", str(folder), "--total-timesteps", "1100")
+    out, err = process.communicate()
+    assert process.returncode == 0 and "resumed after step 1,024" in out, err
+
+
+@slow
+def test_full_disk(tmp_path):
+    """Group J: the same on a file system that is really full. Needs the right to mount one."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=11m", "tmpfs", str(tmp_path)])
+    if mounted.returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        settings = tiny(env_id="TestWide-v0", run_dir=str(tmp_path), total_timesteps=3000)
+        process = start(*flags(replace(settings, train_ratio=0.1, save_every=100)))
+        out, err = process.communicate()
+        assert process.returncode == 2 and len(err.strip().splitlines()) == 1, err
+        assert "No space left" in err
+        (folder,) = tmp_path.iterdir()
+        assert dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["step"] >= 1000
+        filler = tmp_path / "filler"
+        with contextlib.suppress(OSError), open(filler, "wb") as file:
+            while True:
+                file.write(bytes(4096))
+        process = start("--resume", str(folder), "--save-every", "1")
+        out, err = process.communicate()
+        assert process.returncode == 2 and "No space left" in err, err
+        filler.unlink()
+        process = start("--resume", str(folder), "--total-timesteps", "1020")
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def killed(arguments, seconds):
+    """Start a run, kill it after some seconds; what it printed."""
+    process = start(*arguments)
+    time.sleep(seconds)
+    process.kill()
+    return process.communicate()
+
+
+def kill_at_random_moments(tmp_path, kills):
+    """Kill a run again and again; each time it must go on from its last checkpoint."""
+    settings = tiny(env_id="CartPole-v1", run_dir=str(tmp_path), num_envs=2, total_timesteps=10**6)
+    settings = replace(settings, save_every=10, log_every=10, buffer_size=300, train_ratio=0.5)
+    arguments, step, random = flags(settings), 0, np.random.default_rng(0)
+    while not list(tmp_path.glob("*/checkpoint.pt")):  # the first kills may come before the run
+        out, err = killed(arguments, random.uniform(3, 6))
+    (folder,) = (path.parent for path in tmp_path.glob("*/checkpoint.pt"))
+    for kill in range(kills):
+        out, err = killed(("--resume", str(folder)), random.uniform(2, 6))
+        assert not err.strip(), err
+        state = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
+        assert state["step"] >= step
+        step = state["step"]
+        args = replace(state["args"], resume=str(folder))
+        files = folder / "replay"
+        trainer = dreamer_v3.Trainer(args, torch.device("cpu"), torch.float32, files, state)
+        if len(trainer.replay) > 0:
+            batch, place = trainer.replay.sample()
+            assert np.isfinite(batch["vector"]).all()
+            assert (batch["is_first"][:, 1:] | (batch["action"][:, :-1].sum(-1) == 1)).all()
+            assert np.isfinite(trainer.replay.read_latents(place)["deter"]).all()
+        print(f"kill {kill + 1}: checkpoint of step {step}, {len(trainer.replay)} starts")
+    lines = read_metrics_until(folder, step)
+    logged = [line["step"] for line in lines if "charts/updates" in line]
+    assert logged == list(range(logged[0], step + 1, 10)), "metrics without gaps or repetitions"
+    assert step > 100
+    return step
+
+
+def test_kill(tmp_path):
+    """Group J: kill -9 a few times."""
+    kill_at_random_moments(tmp_path, 3)
+
+
+@slow
+def test_fifty_kills(tmp_path):
+    """Group J: kill -9 at fifty random moments."""
+    print(f"reached step {kill_at_random_moments(tmp_path, 50)}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals(number, tmp_path):
+    """Group J: the first signal saves and leaves, soon; the run goes on from there."""
+    settings = tiny(
+        env_id="CartPole-v1", run_dir=str(tmp_path), total_timesteps=10**6, save_every=10**6
+    )
+    process = start(*flags(settings))
+    path = wait_for_steps(tmp_path, process)
+    process.send_signal(number)
+    begin = time.time()
+    out, err = process.communicate()
+    assert process.returncode == 128 + number and time.time() - begin < 5
+    assert err.split() == "stopping after this step; once more, and it stops at once".split()
+    step = dreamer_v3.load_checkpoint(path)["step"]
+    assert step > 0 and f"saved {path} at step {step:,}" in out
+    resumed = start("--resume", str(path.parent), "--total-timesteps", str(step + 10))
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0 and f"resumed after step {step:,}" in out, err
+
+
+def wait_for_steps(tmp_path, process):
+    """The checkpoint's path, once a run in `tmp_path` has ended its first episodes."""
+    while process.poll() is None:
+        paths = [p for p in tmp_path.glob("*/metrics.jsonl") if p.stat().st_size]
+        if paths:
+            return paths[0].parent / "checkpoint.pt"
+        time.sleep(0.1)
+    raise AssertionError(process.communicate()[1])
+
+
+class Stuck(Counting):
+    """Takes very long over a step."""
+
+    def step(self, action):
+        if self.episode == 3:
+            time.sleep(1000)
+        self.t += 1
+        return self.observe(action), 1.0, self.t % 10 == 0, False, {}
+
+
+gym.register("TestStuck-v0", entry_point=Stuck)
+
+
+def test_second_signal(tmp_path):
+    """Group J: a second signal ends a run at once, whatever it is doing."""
+    settings = tiny(env_id="TestStuck-v0", run_dir=str(tmp_path), total_timesteps=10**6)
+    process = start(*flags(settings))
+    wait_for_steps(tmp_path, process)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    process.communicate()
+
+
+@slow
+def test_memory(tmp_path):
+    """Group J: the memory of a run of many episodes does not grow beyond the replay."""
+    minutes = float(os.environ.get("MINUTES", 30))
+    settings = tiny(env_id="CartPole-v1", run_dir=str(tmp_path), total_timesteps=10**9)
+    settings = replace(settings, num_envs=4, buffer_size=10_000, train_ratio=0.5, save_every=2000)
+    process, resident = start(*flags(settings)), []
+    pipe = threading.Thread(target=process.communicate, daemon=True)  # or the pipe fills up
+    pipe.start()
+    begin = time.time()
+    while time.time() - begin < 60 * minutes:
+        time.sleep(min(10, 6 * minutes))
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident.append(int(re.search(r"RssAnon:\s+(\d+)", status).group(1)) / 1024)
+    process.terminate()
+    pipe.join(timeout=20)
+    (folder,) = tmp_path.iterdir()
+    episodes = sum("charts/episodic_return" in line for line in read_metrics(folder))
+    tenth = len(resident) // 10
+    print(f"{episodes} episodes, MB at 10%, 50%, 100% of {minutes} minutes:")
+    print(resident[tenth], resident[len(resident) // 2], resident[-1])
+    assert episodes > 30 * minutes
+    assert np.mean(resident[-tenth:]) < np.mean(resident[tenth : 2 * tenth]) * 1.02 + 2
 
 
 # ---- P. Parity with the authors' code -----------------------------------------------------------
