@@ -1892,26 +1892,35 @@ def evaluate_checkpoint(args, device, dtype):
 
 def check_args(args):
     """Raise UserError for numbers that cannot work, alone or together."""
+    huge = 2**62  # not infinity, which is no number to compute with
     at_least_1 = (
         "total_timesteps num_envs batch_size log_every save_every stoch blocks imag_horizon"
     )
-    at_least_0 = "eval_every eval_episodes train_ratio warmup_updates learning_rate ent_coef"
+    at_least_0 = """
+        eval_every eval_episodes train_ratio free_nats beta_pred beta_dyn beta_rep ent_coef beta_val
+        beta_repval slow_reg learning_rate warmup_updates agc_clip
+    """
     shares = "gamma return_lambda unimix actor_unimix tau return_rate"
-    limits = dict.fromkeys(at_least_1.split(), (1, math.inf))
-    limits |= dict.fromkeys(at_least_0.split(), (0, math.inf))
-    limits |= dict.fromkeys(shares.split(), (0, 1)) | dict.fromkeys(("beta1", "beta2"), (0, 0.9999))
+    limits = dict.fromkeys(at_least_1.split(), (1, huge))
+    limits |= dict.fromkeys(at_least_0.split(), (0, huge)) | dict.fromkeys(shares.split(), (0, 1))
     one_batch = (args.batch_size + args.num_envs) * args.batch_length
-    limits |= {"batch_length": (2, math.inf), "buffer_size": (one_batch, math.inf)}
+    limits |= {"batch_length": (2, huge), "buffer_size": (one_batch, huge), "seed": (0, 2**31)}
+    limits |= {"beta1": (0, 0.9999), "beta2": (0, 0.9999), "laprop_eps": (1e-30, 1)}
     for name, (least, most) in limits.items():
-        if not least <= getattr(args, name) <= most:
-            text = f"at least {least}" if most == math.inf else f"in [{least}, {most}]"
+        if not least <= getattr(args, name) <= most:  # nor may it be nan
+            text = f"a number of at least {least}" if most == huge else f"in [{least}, {most}]"
             flag, value = name.replace("_", "-"), getattr(args, name)
             raise UserError(f"--{flag} must be {text}, not {value}")
     net = args.network()
-    if min(net.values()) < 1 or net["deter"] % args.blocks or net["deter"] % 8:
+    if min(net.values()) < 1:
+        name = min(net, key=net.get)
+        raise UserError(f"--{name} must be at least 1, not {net[name]}")
+    if net["deter"] % args.blocks or net["deter"] % 8:
         raise UserError(f"--deter {net['deter']} must be divisible by 8 and --blocks {args.blocks}")
     if not 2 <= net["classes"] <= 256:
         raise UserError(f"--classes must be in [2, 256], not {net['classes']}")
+    if "" in (args.evaluate, args.resume):
+        raise UserError("--evaluate and --resume need a path")
     modes = [name for name in ("evaluate", "resume", "benchmark") if getattr(args, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} cannot go together")
@@ -2067,8 +2076,8 @@ def main(args):
             raise UserError(f"the run is complete: {done}; --total-timesteps can take it further")
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
-        folder = Path(args.run_dir) / f"{env_name}__{args.exp_name}__{args.seed}__{stamp}"
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{stamp}"
+        folder = Path(args.run_dir) / re.sub(r"[^\w.-]+", "-", name)
     files = folder / "replay" if args.save_replay else None
     trainer = Trainer(args, device, dtype, files, checkpoint)
     agent = trainer.agent

@@ -13,6 +13,7 @@ import ast
 import contextlib
 import copy
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -1750,40 +1751,114 @@ def test_command_line_trains_and_evaluates(tmp_path):
     assert "CartPole-v1 after 40 steps" in out and "2 episodes" in out
 
 
+# Wrong invocations: name -> (a word of the answer, flags); `+` stands for a small CartPole.
 ERRORS = {
-    "unknown environment": ["--env-id", "NoSuchGame-v3"],
-    "unknown module": ["--env-id", "no_such_module:Game-v0"],
-    "malformed id": ["--env-id", "///"],
-    "not JSON": ["--env-id", "CartPole-v1", "--env-kwargs", "{frameskip: 4}"],
-    "not an object": ["--env-id", "CartPole-v1", "--env-kwargs", "[1]"],
-    "wrong option": ["--env-id", "CartPole-v1", "--env-kwargs", '{"no_such_option": 1}'],
-    "blocks": ["--env-id", "CartPole-v1", "--deter", "100"],
-    "negative": ["--env-id", "CartPole-v1", "--train-ratio", "-1"],
-    "zero": ["--env-id", "CartPole-v1", "--num-envs", "0"],
-    "small buffer": ["--env-id", "CartPole-v1", "--buffer-size", "10"],
-    "no checkpoint": ["--evaluate", "no_such_checkpoint.pt"],
-    "unknown flag": ["--no-such-flag", "1"],
-    "not a number": ["--learning-rate", "fast"],
-    "unknown size": ["--size", "13m"],
-    "float for int": ["--total-timesteps", "1e5"],
-    "nothing to evaluate": ["--evaluate", "x.pt", "--eval-episodes", "0"],
-    "folder": ["--env-id", "CartPole-v1", "--run-dir", "/proc/no"],
+    "unknown environment": ("NoSuchGame", "--env-id NoSuchGame-v3"),
+    "near match": ("CartPole", "--env-id CartPoel-v1"),
+    "near match in Atari": ("MsPacman", "--env-id ALE/MsPackman-v5"),
+    "old version": ("version", "--env-id CartPole-v7"),
+    "no environment": ("--env-id", "--env-id ''"),
+    "unknown module": ("no_such_module", "--env-id no_such_module:Game-v0"),
+    "malformed id": ("--env-id", "--env-id ///"),
+    "text observations": ("Text", "--env-id TestText-v0"),
+    "sequence of actions": ("Sequence", "--env-id TestSequence-v0"),
+    "not JSON": ("--env-kwargs", "+ --env-kwargs '{frameskip: 4}'"),
+    "not an object": ("--env-kwargs", "+ --env-kwargs [1]"),
+    "empty options": ("--env-kwargs", "+ --env-kwargs ''"),
+    "wrong option": ("no_such_option", """+ --env-kwargs '{"no_such_option": 1}'"""),
+    "deter not in blocks": ("--deter", "+ --deter 100"),
+    "blocks that do not divide": ("--blocks", "+ --size 1m --blocks 7"),
+    "one class": ("--classes", "+ --classes 1"),
+    "classes beyond a byte": ("--classes", "+ --classes 300"),
+    "no units": ("--units", "+ --units 0"),
+    "no channels": ("--depth", "+ --depth -4"),
+    "negative ratio": ("--train-ratio", "+ --train-ratio -1"),
+    "infinite ratio": ("--train-ratio", "+ --train-ratio inf"),
+    "rate not a number": ("--learning-rate", "+ --learning-rate nan"),
+    "negative rate": ("--learning-rate", "+ --learning-rate -1e-4"),
+    "rate as a word": ("--learning-rate", "--learning-rate fast"),
+    "gamma above 1": ("--gamma", "+ --gamma 1.01"),
+    "negative gamma": ("--gamma", "+ --gamma -0.5"),
+    "unimix above 1": ("--unimix", "+ --unimix 1.5"),
+    "tau above 1": ("--tau", "+ --tau 2"),
+    "beta2 of 1": ("--beta2", "+ --beta2 1"),
+    "negative weight": ("--beta-rep", "+ --beta-rep -0.1"),
+    "no epsilon": ("--laprop-eps", "+ --laprop-eps 0"),
+    "no environments": ("--num-envs", "+ --num-envs 0"),
+    "no steps": ("--total-timesteps", "+ --total-timesteps 0"),
+    "no horizon": ("--imag-horizon", "+ --imag-horizon 0"),
+    "sequences of 1": ("--batch-length", "+ --batch-length 1"),
+    "empty batch": ("--batch-size", "+ --batch-size 0"),
+    "batch larger than the buffer": ("--buffer-size", "+ --buffer-size 10"),
+    "negative seed": ("--seed", "+ --seed -1"),
+    "huge seed": ("--seed", "+ --seed 99999999999"),
+    "never saved": ("--save-every", "+ --save-every 0"),
+    "negative interval": ("--eval-every", "+ --eval-every -5"),
+    "unknown size": ("13m", "--size 13m"),
+    "unknown type": ("float16", "--dtype float16"),
+    "unknown flag": ("--no-such-flag", "--no-such-flag 1"),
+    "flag without value": ("--seed", "--seed"),
+    "float for int": ("1e5", "--total-timesteps 1e5"),
+    "a word too many": ("MsPacman", "MsPacman"),
+    "wandb is missing": ("pip install 'wandb'", "+ --track"),
+    "moviepy is missing": ("pip install 'moviepy'", "+ --capture-video"),
+    "nothing to evaluate": ("--eval-episodes", "--evaluate x.pt --eval-episodes 0"),
+    "no checkpoint": ("no_such_checkpoint.pt", "--evaluate no_such_checkpoint.pt"),
+    "evaluate a folder": ("folder", "--evaluate folder"),
+    "evaluate a text": ("file", "--evaluate file"),
+    "evaluate nothing": ("--evaluate", "--evaluate ''"),
+    "evaluate and resume": ("--evaluate and --resume", "--evaluate x.pt --resume folder"),
+    "resume and benchmark": ("--resume and --benchmark", "--resume folder --benchmark"),
+    "resume nothing": ("--resume", "--resume ''"),
+    "resume no folder": ("no_such_run", "--resume no_such_run"),
+    "resume an empty folder": ("folder", "--resume folder"),
+    "resume a file": ("file", "--resume file"),
+    "benchmark without updates": ("--train-ratio", "+ --benchmark --train-ratio 0"),
+    "run folder is a file": ("file", "+ --run-dir file"),
+    "run folder in a file": ("file", "+ --run-dir file/runs"),
+    "no right to write": ("/proc/no", "+ --run-dir /proc/no"),
 }
+
+
+class Texts(gym.Env):
+    """Observes text."""
+
+    observation_space, action_space = gs.Text(5), gs.Discrete(2)
+
+
+class Sequences(gym.Env):
+    """Takes sequences of actions."""
+
+    observation_space, action_space = gs.Discrete(2), gs.Sequence(gs.Discrete(2))
+
+
+gym.register("TestText-v0", entry_point=Texts)
+gym.register("TestSequence-v0", entry_point=Sequences)
 
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_command_line_errors(case, tmp_path, monkeypatch, capsys):
-    """Group E: exit status 2, one line, and no files."""
+    """Group E: exit status 2, one line that names what is wrong, and no files."""
+    word, line = ERRORS[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dreamer_v3.py", "--no-cuda", *ERRORS[case]])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("a text\n")
+    words = shlex.split(line.replace("+", "--env-id CartPole-v1 --size 1m --no-compile", 1))
+    monkeypatch.setattr(sys, "argv", ["dreamer_v3.py", "--no-cuda", *words])
+    import_module = importlib.import_module
+    hidden = lambda name: import_module("no_" + name if name in ("wandb", "moviepy") else name)
+    monkeypatch.setattr(importlib, "import_module", hidden)
     with pytest.raises(SystemExit) as exit_info:
         dreamer_v3.cli()
     assert exit_info.value.code == 2
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     assert len(err.strip().splitlines()) == 1 and err.startswith("dreamer_v3.py: error: ")
+    assert word in err
     assert not set("│─╭╯") & set(err), "tyro's box"
-    assert not list(tmp_path.iterdir())
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["file", "folder"]
+    assert not list((tmp_path / "folder").iterdir())
+    assert (tmp_path / "file").read_text() == "a text\n"
 
 
 def test_command_line_error_as_a_process(tmp_path):
