@@ -1265,23 +1265,26 @@ class Replay:
 
     def grow(self, rows):
         """Make the files long enough for this many steps, and map them. Raises UserError."""
+        sizes = {k: rows * math.prod(x) * t.itemsize for k, (x, t) in self.fields.items()}
+        sizes["begun"] = 8  # one number: steps ever begun, counted before they are written
+        paths, before = {name: self.folder / f"{name}.bin" for name in sizes}, {}
         try:
             self.folder.mkdir(exist_ok=True)
-            sizes = [("begun", 8)]  # steps ever begun, counted before they are written
-            sizes += [(k, rows * math.prod(x) * t.itemsize) for k, (x, t) in self.fields.items()]
-            for name, size in sizes:
-                with open(self.folder / f"{name}.bin", "ab") as file:
+            for name, size in sizes.items():
+                with open(paths[name], "ab") as file:
+                    before[name] = file.tell()
                     # Zeros, and not a hole: a full disk must fail here, where it can be caught.
                     for start in range(file.tell(), size, 2**24):
                         file.write(bytes(min(2**24, size - start)))
-            maps = {
-                k: np.memmap(self.folder / f"{k}.bin", t, "r+", shape=(rows, *x))
-                for k, (x, t) in self.fields.items()
-            }
-            self.begun = np.memmap(self.folder / "begun.bin", np.int64, "r+", shape=(1,))
+            fields = [(k, (rows, *x), t) for k, (x, t) in self.fields.items()]
+            self.data = {k: np.memmap(paths[k], t, "r+", shape=x) for k, x, t in fields}
+            self.begun = np.memmap(paths["begun"], np.int64, "r+", shape=(1,))
         except OSError as error:
+            for name, size in before.items():  # make room for the checkpoint
+                with contextlib.suppress(OSError):
+                    os.truncate(paths[name], size)
             raise UserError(f"cannot grow the replay in {self.folder}: {error}") from error
-        self.data, self.rows = maps, rows
+        self.rows = rows
 
     def add(self, entry):
         """Append one step of every environment: dict of arrays (num_envs, ...)."""
