@@ -42,6 +42,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import re
@@ -1383,14 +1384,13 @@ def make_envs(args, num_envs, video=None):
 
     def make(index):
         """One environment of several."""
+        if multiprocessing.parent_process():  # Ctrl-C reaches all: leave the answer to the parent
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         env = gym.make(args.env_id, **kwargs)
         if video:
             env = gym.wrappers.RecordVideo(env, str(video), lambda episode: True)
         return Guard(env, index)
 
-    # Ctrl-C reaches all processes of a terminal; those of --async-envs leave it to this one.
-    main_thread = threading.current_thread() is threading.main_thread()
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
     try:
         module, _, name = args.env_id.rpartition(":")
         if module:
@@ -1406,9 +1406,6 @@ def make_envs(args, num_envs, video=None):
             envs = vector([functools.partial(make, index) for index in range(num_envs)])
     except Exception as error:
         raise UserError(f"cannot make --env-id {args.env_id}: {error}") from error
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, interrupt)
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"{args.env_id} does not reset in NEXT_STEP mode: try --async-envs")
     return envs
@@ -1833,11 +1830,9 @@ def evaluate(agent, args, episodes, video=None, stop=()):
 
 def summary(returns):
     """Mean, spread and range of returns as text."""
-    text = f"mean {returns.mean():.1f}"
-    if len(returns) > 1:
-        text += f" +- {returns.std(ddof=1) / len(returns) ** 0.5:.1f} (standard error)"
-    text += f", median {np.median(returns):.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
-    return f"{text}, {len(returns)} episodes"
+    error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else math.nan
+    text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error), median {np.median(returns):.1f}"
+    return f"{text}, min {returns.min():.1f}, max {returns.max():.1f}, {len(returns)} episodes"
 
 
 def save_checkpoint(path, trainer):
