@@ -1600,7 +1600,7 @@ class Logger:
     The status line is rewritten in place on a terminal, and printed every ten seconds elsewhere.
     """
 
-    def __init__(self, args, folder, step=0):
+    def __init__(self, args, folder, step=0, updates=0):
         path, lines = folder / "metrics.jsonl", []
         if step:  # a resumed run: drop what was written after its checkpoint
             for line in path.read_text().splitlines() if path.exists() else ():
@@ -1621,9 +1621,8 @@ class Logger:
             self.wandb.init(**where, **same, name=folder.name, config=asdict(args))
         self.total, self.terminal = args.total_timesteps, sys.stdout.isatty()
         self.began = time.time() - (json.loads(lines[-1])["time"] if lines else 0)
-        self.marks = deque(
-            [(time.time(), step, None)], maxlen=20
-        )  # (time, step, updates) of status lines
+        # (time, step, updates) of the last status lines
+        self.marks = deque([(time.time(), step, updates)], maxlen=20)
         self.returns, self.rate = deque(maxlen=20), 0.0
 
     def write(self, step, metrics):
@@ -1648,8 +1647,6 @@ class Logger:
         now = time.time()
         if now - self.marks[-1][0] < (0.5 if self.terminal else 10):
             return
-        if self.marks[0][2] is None:  # a resumed run has updates behind it
-            self.marks[0] = (*self.marks[0][:2], updates)
         self.marks.append((now, step, updates))
         seconds, steps, trained = np.subtract(self.marks[-1], self.marks[0])
         self.rate = steps / seconds
@@ -1831,8 +1828,8 @@ def evaluate(agent, args, episodes, video=None, stop=()):
 def summary(returns):
     """Mean, spread and range of returns as text."""
     error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else math.nan
-    text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error), median {np.median(returns):.1f}"
-    return f"{text}, min {returns.min():.1f}, max {returns.max():.1f}, {len(returns)} episodes"
+    text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error), {len(returns)} episodes"
+    return f"{text}, median {np.median(returns):.1f}, {returns.min():.1f} to {returns.max():.1f}"
 
 
 def save_checkpoint(path, trainer):
@@ -2087,7 +2084,7 @@ def main(args):
         if not args.resume:
             save_checkpoint(new / "checkpoint.pt", trainer)
             new.rename(folder)
-        logger = Logger(args, folder, trainer.step)
+        logger = Logger(args, folder, trainer.step, trainer.updates)
     except OSError as error:
         raise UserError(f"cannot write to {folder.parent}: {error}") from error
     describe(trainer, folder, dtype)
