@@ -49,7 +49,6 @@ import re
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
@@ -62,7 +61,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 # ---- 1. Arguments (paper: Extended Data Tables 3 and 4) ------------------------------------------
@@ -92,7 +91,8 @@ class Args:
     # All else is float32: parameters, norms, distributions, losses, optimizer.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Fuse the networks' elementwise work with torch.compile: the first update takes a minute or two
-    # longer, the others a fraction of the time. Without a compiler, training runs without it.
+    # longer, the others a fraction of the time. Without a compiler, training runs without it. On a
+    # GPU, also capture updates and actions as CUDA graphs.
     compile: bool = True
     run_dir: str = "runs"  # The run makes its own folder <env>__<exp>__<seed>__<time> in this one.
     track: bool = False  # Log to Weights & Biases too (pip install wandb).
@@ -989,8 +989,8 @@ class LaProp:
         limits = args.agc_clip * torch.stack(torch._foreach_norm(self.exact)).clamp(min=1e-3)
         torch._foreach_mul_(grads, list((limits / norms).clamp(max=1).unbind()))
 
-        warmup = (self.updates / args.warmup_updates).clamp(max=1) if args.warmup_updates else 1
-        lr = args.learning_rate * warmup
+        warmup = self.updates / args.warmup_updates if args.warmup_updates else self.updates + 1
+        lr = args.learning_rate * warmup.clamp(max=1)
         self.updates += 1
         torch._foreach_lerp_(self.nu, torch._foreach_mul(grads, grads), 1 - args.beta2)
         scale = torch._foreach_div(self.nu, 1 - args.beta2**self.updates)
@@ -1003,7 +1003,6 @@ class LaProp:
         for p in self.params:
             p.grad = None
         clipped = (norms > limits).to(norms.dtype).mean()
-        lr = torch.as_tensor(lr)
         return {"losses/grad_norm": norms.norm(), "losses/grad_clipped": clipped, "charts/lr": lr}
 
 
@@ -1023,41 +1022,36 @@ def compiler_works(device):
 class CudaGraph:
     """A function of tensors as one CUDA graph for each set of input shapes.
 
-    Launching thousands of small kernels one by one takes longer than running them. The first calls
-    compile and warm up, the next one records, all later ones replay. The function may depend on
-    nothing but its input and on tensors that stay in place. What it returned is overwritten by the
-    next call.
+    Launching thousands of small kernels one by one takes longer than running them. The first three
+    calls compile and warm up, the next one records, later ones replay. The function may depend on
+    nothing but its input, random numbers, and tensors that stay in place.
     """
 
     def __init__(self, function):
         self.function, self.calls, self.graphs = function, {}, {}
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
-        leaves, structure = tree_flatten(inputs)
-        is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
-        key = tuple(x.shape if tensor else x for x, tensor in zip(leaves, is_tensor, strict=True))
+        key = tuple(getattr(x, "shape", x) for x in tree_leaves(inputs))
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # recording asks for a warm-up on another stream
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
+        if self.calls[key] <= 3:  # on the stream that will record
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 outputs = self.function(*inputs)
-            current.wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if key not in self.graphs:
-            static = [
-                x.clone() if tensor else x for x, tensor in zip(leaves, is_tensor, strict=True)
-            ]
+            static = tree_map_only(torch.Tensor, torch.clone, inputs)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = self.function(*tree_unflatten(static, structure))
+            with torch.cuda.graph(graph, stream=self.stream):
+                outputs = self.function(*static)
             self.graphs[key] = graph, static, outputs
         graph, static, outputs = self.graphs[key]
-        for to, x, tensor in zip(static, leaves, is_tensor, strict=True):
-            if tensor:
+        for to, x in zip(tree_leaves(static), tree_leaves(inputs), strict=True):
+            if isinstance(x, torch.Tensor):
                 to.copy_(x, non_blocking=True)
         graph.replay()
-        return outputs
+        return tree_map(torch.clone, outputs)
 
 
 class Agent:
@@ -1084,12 +1078,10 @@ class Agent:
             model.decoder.forward = self.fuse(model.decoder.forward)
             rssm.observe_step = self.fuse(rssm.observe_step)
             model.imagine_step = self.fuse(model.imagine_step)
-        self.failed = None  # one flag for each of `terms`: the first losses that were not finite
         trained = [(p, x) for p, x in self.pairs() if p.requires_grad]
         self.optimizer = LaProp(*zip(*trained, strict=True), args)
-        self.decide, self.learn = self._decide, self._learn
-        if self.device.type == "cuda":
-            self.decide, self.learn = CudaGraph(self._decide), CudaGraph(self._learn)
+        if args.compile and self.device.type == "cuda":
+            self.act, self.train_step = CudaGraph(self.act), CudaGraph(self.train_step)
 
     def pairs(self):
         """Each parameter that computes, with the exact one."""
@@ -1100,22 +1092,19 @@ class Agent:
         deter, stoch = self.model.rssm.initial(num_envs)
         return deter, stoch, deter.new_zeros(num_envs, self.spaces.action_width)
 
-    def act(self, obs, is_first, carry, greedy=False):
-        """One decision for n environments: obs dict of (n, ...), is_first (n,), carry -> new carry.
+    @torch.compiler.set_stance("force_eager")  # too small to be worth compiling
+    @torch.no_grad()
+    def act(self, obs, carry, greedy=False):
+        """One decision for n environments: obs dict of (n, ...) with is_first, carry -> new carry.
 
         The new carry is the posterior state at this observation and the action vector (n, A):
         sampled, or the most likely one if `greedy`.
         """
-        return tree_map(torch.clone, self.decide(obs, is_first, carry, greedy))
-
-    @torch.compiler.set_stance("force_eager")  # too small to be worth compiling
-    @torch.no_grad()
-    def _decide(self, obs, is_first, carry, greedy):
         deter, stoch, prev_action = carry
-        embed = self.model.encoder({key: x.unsqueeze(1) for key, x in obs.items()})
-        deter, stoch, _ = self.model.rssm.observe(
-            embed, prev_action.unsqueeze(1), is_first.unsqueeze(1), deter, stoch
-        )
+        obs = {key: x.unsqueeze(1) for key, x in obs.items()}  # sequences of one step
+        embed, prev_action = self.model.encoder(obs), prev_action.unsqueeze(1)
+        observe = self.model.rssm.observe
+        deter, stoch, _ = observe(embed, prev_action, obs["is_first"], deter, stoch)
         deter, stoch = deter.squeeze(1), stoch.squeeze(1)
         policy = self.model.actor(self.model.rssm.feat(deter, stoch))
         return deter, stoch, policy.sample(greedy)
@@ -1151,12 +1140,6 @@ class Agent:
         total, metrics, deter, stoch = self.loss(batch)
         total.backward()
         metrics |= {"losses/total": total.detach()} | self.optimizer.step()
-        # Remember the first failure on the device: a look at every update would wait for it.
-        self.terms = [name for name in metrics if name.startswith("losses/")]
-        failed = ~torch.stack([metrics[name] for name in self.terms]).isfinite()
-        if self.failed is None:
-            self.failed = torch.zeros_like(failed)
-        self.failed.copy_(torch.where(self.failed.any(), self.failed, failed))
         slow, critic = self.exact.slow_critic.parameters(), self.exact.critic.parameters()
         with torch.no_grad():
             torch._foreach_lerp_(list(slow), list(critic), self.args.tau)
@@ -1176,9 +1159,6 @@ class Agent:
         start the sequence [D21]. Returns the metrics and what the replay stores for the T steps:
         deter (B, T, D) float16 and the classes of stoch (B, T, S) uint8.
         """
-        return self.learn(batch)
-
-    def _learn(self, batch):
         flags = ("reward", "is_first", "is_last", "is_terminal")
         steps = {key: batch[key][:, 1:] for key in flags}
         steps["obs"] = {key: batch[key][:, 1:] for key in ("image", "vector") if key in batch}
@@ -1187,14 +1167,6 @@ class Agent:
         steps["stoch"] = one_hot(batch["stoch"], self.model.rssm.stoch_shape[1])
         metrics, deter, stoch = self.update(steps)
         return metrics, deter.half(), stoch.argmax(-1).to(torch.uint8)
-
-    def check_finite(self):
-        """Raise UserError if an update was not finite; waits for the device."""
-        if self.failed is not None and self.failed.any():
-            terms = [
-                name for name, bad in zip(self.terms, self.failed.tolist(), strict=True) if bad
-            ]
-            raise UserError(f"an update was not finite: {', '.join(terms)}")
 
     def state_dict(self):
         """Everything that learns, as a dict of dicts of tensors (float32)."""
@@ -1221,80 +1193,72 @@ class Replay:
 
     One stream per environment; all have the same length, as environments step together. Sequences
     cross episodes: the RSSM resets at is_first. Images are uint8; latents are float16 (|h| < 1) and
-    class indices. Arrays are (length, num_envs, ...). With a `folder` they are files mapped into
-    memory: what was written survives the process at once, and a checkpoint need not copy it.
+    class indices. An entry is one step of all environments: arrays are (rows, num_envs, ...). With
+    a `path` they are one file mapped into memory, which grows as it fills: what was written
+    survives the process at once, and a checkpoint need not copy it.
     """
 
-    block = 1024  # steps by which the files grow
+    block = 1024  # steps by which the file grows
 
-    def __init__(self, length, num_envs, spaces, rssm, args, folder=None):
+    def __init__(self, length, num_envs, spaces, rssm, args, path=None):
         vector = sum(width for _, width, _ in spaces.vectors)
-        fields = {
-            "image": ((IMAGE_SIZE, IMAGE_SIZE, spaces.channels), np.uint8),
-            "vector": ((vector,), np.float32),
-            "action": ((spaces.action_width,), np.float32),
-            "reward": ((), np.float32),
-            "is_first": ((), np.bool_),
-            "is_last": ((), np.bool_),
-            "is_terminal": ((), np.bool_),
-            "deter": ((rssm.deter_dim,), np.float16),
-            "stoch": ((rssm.stoch_shape[0],), np.uint8),
-        }
-        self.fields = {
-            k: ((num_envs, *x), np.dtype(t)) for k, (x, t) in fields.items() if 0 not in x
-        }
-        self.step_bytes = sum(math.prod(x) * t.itemsize for x, t in self.fields.values())
-        self.length, self.num_envs, self.folder = length, num_envs, folder
+        fields = [
+            ("image", np.uint8, (IMAGE_SIZE, IMAGE_SIZE, spaces.channels)),
+            ("vector", np.float32, (vector,)),
+            ("action", np.float32, (spaces.action_width,)),
+            ("reward", np.float32, ()),
+            ("is_first", np.bool_, ()),
+            ("is_last", np.bool_, ()),
+            ("is_terminal", np.bool_, ()),
+            ("deter", np.float16, (rssm.deter_dim,)),
+            ("stoch", np.uint8, (rssm.stoch_shape[0],)),
+        ]
+        fields = [
+            (name, kind, (num_envs, *shape)) for name, kind, shape in fields if 0 not in shape
+        ]
+        self.names = [name for name, _, _ in fields]
+        self.entry = np.dtype([("step", np.int64), *fields], align=True)
+        self.length, self.num_envs, self.path = length, num_envs, path
         self.batch_size, self.window = args.batch_size, args.batch_length + 1
         self.steps = 0  # written to each stream so far; step i is at i % length
-        self.oldest_kept = 0  # what a resumed run must not read: see `load_state_dict`
+        self.lost = 0  # steps before this one may not be read: see `load_state_dict`
         self.fresh = deque()  # (env, first step) of sequences to give out first: online queue
         self.rng = np.random.default_rng(args.seed)
-        self.rows, self.begun = 0, np.zeros(1, np.int64)
-        if not folder:  # zeros take no memory until they are written
-            self.rows = length
-            self.data = {k: np.zeros((length, *x), t) for k, (x, t) in self.fields.items()}
+        # In memory, zeros take no room until something is written.
+        self.data = np.zeros(0 if path else length, self.entry)
 
     @property
     def oldest(self):
         """The first step that can be read."""
-        return max(0, self.oldest_kept, self.steps - self.length)
+        return max(self.lost, self.steps - self.length)
 
     def __len__(self):
         """Number of start positions of sequences."""
         return self.num_envs * max(0, self.steps - self.oldest - self.window + 1)
 
     def grow(self, rows):
-        """Make the files long enough for this many steps, and map them. Raises UserError."""
-        sizes = {k: rows * math.prod(x) * t.itemsize for k, (x, t) in self.fields.items()}
-        sizes["begun"] = 8  # one number: steps ever begun, counted before they are written
-        paths, before = {name: self.folder / f"{name}.bin" for name in sizes}, {}
+        """Make the file long enough for this many steps, and map it. Raises UserError."""
+        size = rows * self.entry.itemsize
         try:
-            self.folder.mkdir(exist_ok=True)
-            for name, size in sizes.items():
-                with open(paths[name], "ab") as file:
-                    before[name] = file.tell()
-                    # Zeros, and not a hole: a full disk must fail here, where it can be caught.
-                    for start in range(file.tell(), size, 2**24):
-                        file.write(bytes(min(2**24, size - start)))
-            fields = [(k, (rows, *x), t) for k, (x, t) in self.fields.items()]
-            self.data = {k: np.memmap(paths[k], t, "r+", shape=x) for k, x, t in fields}
-            self.begun = np.memmap(paths["begun"], np.int64, "r+", shape=(1,))
+            with open(self.path, "ab") as file:
+                before = file.tell()
+                # Zeros, and not a hole: a full disk must fail here, where it can be caught.
+                for start in range(before, size, 2**24):
+                    file.write(bytes(min(2**24, size - start)))
         except OSError as error:
-            for name, size in before.items():  # make room for the checkpoint
-                with contextlib.suppress(OSError):
-                    os.truncate(paths[name], size)
-            raise UserError(f"cannot grow the replay in {self.folder}: {error}") from error
-        self.rows = rows
+            with contextlib.suppress(OSError, NameError):
+                os.truncate(self.path, before)  # room for a checkpoint
+            raise UserError(f"cannot grow the replay {self.path}: {error}") from error
+        self.data = np.memmap(self.path, self.entry, "r+", shape=(rows,))
 
     def add(self, entry):
         """Append one step of every environment: dict of arrays (num_envs, ...)."""
         row = self.steps % self.length
-        if row >= self.rows:
+        if row >= len(self.data):
             self.grow(min(row + self.block, self.length))
-        self.begun[0] = max(self.begun[0], self.steps + 1)
-        for name, array in self.data.items():
-            array[row] = entry[name]
+        self.data["step"][row] = self.steps  # first: from here on, the old step is gone
+        for name in self.names:
+            self.data[name][row] = entry[name]
         self.steps += 1
         if self.steps % self.window == 0:
             self.fresh.extend((env, self.steps - self.window) for env in range(self.num_envs))
@@ -1314,7 +1278,7 @@ class Replay:
         envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
         place = (first + np.arange(self.window)) % self.length, envs
         latents = ("deter", "stoch")
-        batch = {name: x[place] for name, x in self.data.items() if name not in latents}
+        batch = {name: self.data[name][place] for name in self.names if name not in latents}
         # An episode abandoned without is_last ends where the next one begins.
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return batch, place
@@ -1331,31 +1295,29 @@ class Replay:
         self.data["stoch"][steps[:, 1:], envs] = stoch
 
     def state_dict(self):
-        """What the files do not hold; with the replay in memory, nothing."""
-        if not self.folder:
-            return None
+        """What the file does not hold; with the replay in memory, nothing."""
         rng = json.dumps(self.rng.bit_generator.state)
-        return {"steps": self.steps, "fresh": list(map(list, self.fresh)), "rng": rng}
+        state = {"steps": self.steps, "fresh": list(map(list, self.fresh)), "rng": rng}
+        return state if self.path else None
 
     def load_state_dict(self, state):
-        """Go on from the files as they were at a checkpoint.
+        """Go on from the file as it was at a checkpoint. Raises UserError if it is damaged.
 
         Steps from after the checkpoint are dropped: the run writes them anew. Where they had
         overwritten the oldest steps of the ring, those are lost, and must not be read. (States
-        stored since by updates that were lost stay: every state is of some older network.)
+        that lost updates stored stay: every state is of some older network.)
         """
         self.steps, self.fresh = state["steps"], deque(map(tuple, state["fresh"]))
         self.rng.bit_generator.state = json.loads(state["rng"])
         if not self.steps:
             return
         rows = min(self.steps, self.length)
-        for name, (shape, dtype) in self.fields.items():
-            path = self.folder / f"{name}.bin"
-            held = path.stat().st_size if path.exists() else 0
-            if held < rows * math.prod(shape) * dtype.itemsize:
-                raise UserError(f"the replay is damaged: {path} is missing or too short")
+        if not self.path.exists() or self.path.stat().st_size < rows * self.entry.itemsize:
+            raise UserError(f"the replay {self.path} is missing or too short")
         self.grow(rows)
-        self.oldest_kept = int(self.begun[0]) - self.length
+        steps = np.arange(self.steps - rows, self.steps)
+        lost = steps[self.data["step"][steps % self.length] != steps]
+        self.lost = lost.max() + 1 if len(lost) else 0
 
 
 # ---- 12. Environments ----------------------------------------------------------------------------
@@ -1386,6 +1348,7 @@ def make_envs(args, num_envs, video=None):
         """One environment of several."""
         if multiprocessing.parent_process():  # Ctrl-C reaches all: leave the answer to the parent
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         env = gym.make(args.env_id, **kwargs)
         if video:
             env = gym.wrappers.RecordVideo(env, str(video), lambda episode: True)
@@ -1412,7 +1375,7 @@ def make_envs(args, num_envs, video=None):
 
 
 class Guard(gym.Wrapper):
-    """Says what an environment does wrong in one line: which one, where, at which step."""
+    """Says in one line what an environment does wrong: which one, at which step, what."""
 
     def __init__(self, env, index):
         super().__init__(env)
@@ -1427,30 +1390,22 @@ class Guard(gym.Wrapper):
         return self.check(lambda: self.env.step(action))
 
     def check(self, call):
-        """The result of `call`. Raises UserError if it cannot be used."""
+        """The result of `call`. Raises UserError if it fails or does not fit the space."""
         self.steps += 1
         try:
             result = call()
-            problem = self.problem(*result)
+            for name, (path, space) in leaves(self.observation_space).items():
+                value = pick(result[0], path)
+                if value.shape != (space.shape or ()):
+                    raise ValueError(f"{name} has shape {value.shape}, its space {space.shape}")
+                if not np.can_cast(value.dtype, space.dtype, "same_kind"):
+                    raise ValueError(f"{name} is {value.dtype}, its space {space.dtype}")
+            return result
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        if problem:
-            raise UserError(f"environment {self.index}, its step {self.steps}: {problem}")
-        return result
-
-    def problem(self, obs, *rest):
-        """What is wrong with a result of reset or step, or None."""
-        for path, space in leaves(self.observation_space):
-            name = "/".join(("obs", *map(str, path)))
-            value = np.asarray(functools.reduce(operator.getitem, path, obs))
-            if value.shape != (space.shape or ()):
-                return f"{name} has shape {value.shape}, its space {space.shape}"
-            if not np.can_cast(value.dtype, space.dtype, "same_kind"):
-                return f"{name} is {value.dtype}, its space {space.dtype}"
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                return f"{name} is not finite"
-        if len(rest) == 4 and not np.isfinite(rest[0]):
-            return f"the reward is {rest[0]}"
+            raise UserError(
+                f"environment {self.index}, its step {self.steps}: {problem}"
+            ) from error
 
 
 def import_optional(module, package):
@@ -1462,12 +1417,17 @@ def import_optional(module, package):
 
 
 def leaves(space, path=()):
-    """The simple spaces inside nested Dict and Tuple spaces: list of (path, space)."""
-    if isinstance(space, gym.spaces.Dict):
-        return [leaf for key, inner in space.items() for leaf in leaves(inner, (*path, key))]
-    if isinstance(space, gym.spaces.Tuple):
-        return [leaf for key, inner in enumerate(space) for leaf in leaves(inner, (*path, key))]
-    return [(path, space)]
+    """The simple spaces inside nested Dict and Tuple spaces: name -> (path, space), sorted."""
+    if not isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        return {"/".join(("obs", *map(str, path))): (path, space)}
+    items = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
+    found = [leaf for key, inner in items for leaf in leaves(inner, (*path, key)).items()]
+    return dict(sorted(found))
+
+
+def pick(obs, path):
+    """What a nested observation has at the end of a path, as an array."""
+    return np.asarray(functools.reduce(operator.getitem, path, obs))
 
 
 def discrete_classes(space):
@@ -1517,9 +1477,8 @@ class Environments:
     def __init__(self, args, num_envs, seed, video=None):
         self.envs, self.num_envs, self.seed = make_envs(args, num_envs, video), num_envs, seed
         self.images, self.vectors = {}, {}
-        observed = leaves(self.envs.single_observation_space)
-        for path, space in sorted(observed, key=lambda leaf: str(leaf[0])):
-            name = "/".join(("obs", *map(str, path)))
+        self.steps = 0
+        for name, (path, space) in leaves(self.envs.single_observation_space).items():
             is_box = isinstance(space, gym.spaces.Box)
             if is_box and space.dtype == np.uint8 and 2 <= len(space.shape) <= 4:
                 self.images[name] = path, space
@@ -1558,18 +1517,28 @@ class Environments:
         """obs, reward, terminated, truncated; after an end, the next episode's first obs."""
         end = getattr(self.envs, "recv", getattr(self.envs, "step_wait", None))
         obs, reward, terminated, truncated, _ = end() if end else self.envs.step(self.action)
+        self.steps += 1
+        self.check_finite("the reward", reward)
         flags = np.asarray(terminated, bool), np.asarray(truncated, bool)
         return self.encode_obs(obs), np.asarray(reward, np.float32), *flags
 
+    def check_finite(self, name, values):
+        """Raise UserError if one of the values (n, ...) is not a finite number."""
+        bad = ~np.isfinite(values).reshape(self.num_envs, -1).all(1)
+        if bad.any():
+            raise UserError(f"environment {bad.argmax()}, step {self.steps}: {name} is not finite")
+
     def encode_obs(self, obs):
         """Batched observations -> dict of `image` (n, 64, 64, C) and `vector` (n, width)."""
-        pick = lambda path: np.asarray(functools.reduce(operator.getitem, path, obs))
         encoded = {}
         if self.images:
-            images = [encode_image(pick(path)) for path, _ in self.images.values()]
+            images = [encode_image(pick(obs, path)) for path, _ in self.images.values()]
             encoded["image"] = np.concatenate(images, -1)
         if self.vectors:
-            vectors = [encode_vector(pick(path), space) for path, space in self.vectors.values()]
+            vectors = []
+            for name, (path, space) in self.vectors.items():
+                vectors.append(encode_vector(pick(obs, path), space))
+                self.check_finite(name, vectors[-1])
             encoded["vector"] = np.concatenate(vectors, -1)
         return encoded
 
@@ -1665,7 +1634,8 @@ class Logger:
 
     def close(self):
         """Flush and close everything."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -1694,21 +1664,22 @@ def keep_freed_memory():
 class Trainer:
     """Collection and training: what a run carries from one step to the next."""
 
-    def __init__(self, args, device, dtype, folder=None, checkpoint=None):
+    def __init__(self, args, device, dtype, replay_path=None, checkpoint=None):
         self.args, n = args, args.num_envs
-        # A resumed run begins new episodes, which shall not be those of its start again.
-        self.envs = Environments(args, n, args.seed + (checkpoint["step"] if checkpoint else 0))
+        # A resumed run begins new episodes: not those of its start, nor those of evaluations.
+        seed = args.seed + (100_000 + checkpoint["step"] if checkpoint else 0)
+        self.envs = Environments(args, n, seed)
         self.agent = Agent(args, self.envs.spaces, device, dtype)
-        steps = args.buffer_size if folder else min(args.buffer_size, args.total_timesteps + n)
+        steps = args.buffer_size if replay_path else min(args.buffer_size, args.total_timesteps + n)
         sizes = -(-steps // n), n, self.envs.spaces, self.agent.model.rssm, args
-        self.replay = Replay(*sizes, folder)
+        self.replay = Replay(*sizes, replay_path)
         if device.type == "cpu":
             keep_freed_memory()  # from here on: what the replay will fill, nobody has touched yet
         self.step = self.updates = 0
         self.updates_per_step = args.train_ratio / (args.batch_size * args.batch_length)
         self.credit = float(self.updates_per_step > 0)  # updates owed; the first one at once
         self.starts_needed = args.batch_size * args.batch_length  # before training begins [D22]
-        self.metrics, self.latents = {}, None  # of the latest update
+        self.metrics, self.pending = {}, None  # of the latest update; states not yet stored
         if checkpoint:
             self.load_state_dict(checkpoint)
         self.obs, self.carry = self.envs.reset(), self.agent.initial(n)
@@ -1719,8 +1690,8 @@ class Trainer:
     def collect_and_train(self):
         """One step of every environment and the updates due: [(return, length)] of episodes."""
         # Act. Nothing is chosen at the last step of an episode: zeros. [D24]
-        tensors = to_device(self.obs | {"is_first": self.is_first}, self.agent.device)
-        self.carry = self.agent.act(tensors, tensors.pop("is_first"), self.carry)
+        obs = to_device(self.obs | {"is_first": self.is_first}, self.agent.device)
+        self.carry = self.agent.act(obs, self.carry)
         latents = self.carry[0].half(), self.carry[1].argmax(-1), self.carry[2]
         deter, stoch, action = (x.cpu().numpy() for x in latents)
         action = action * ~self.is_last[:, None]
@@ -1750,25 +1721,28 @@ class Trainer:
 
     def train(self):
         """One update. A GPU goes on with it when this returns."""
-        batch, place = self.replay.sample()  # while the GPU is busy with the update before
+        batch, place = self.replay.sample()  # while a GPU is busy with an update just before
         self.write_latents()
         batch |= self.replay.read_latents(place)
         batch = to_device(batch, self.agent.device)
         self.metrics, *latents = self.agent.train_step(batch)
-        self.latents = place, [x.to("cpu", non_blocking=True) for x in latents]
-        self.done = torch.cuda.Event() if self.agent.device.type == "cuda" else None
-        if self.done:
-            self.done.record()
+        self.pending = place, latents
         self.updates += 1
 
     def write_latents(self):
-        """Put the states that the latest update computed into the replay."""
-        if self.latents:
-            if self.done:
-                self.done.synchronize()
-            place, latents = self.latents
-            self.replay.write_latents(place, *(x.numpy() for x in latents))
-            self.latents = None
+        """Put the states that the latest update computed into the replay; waits for the update.
+
+        Raises UserError if it was not finite: its states would spoil the replay, and its networks
+        the checkpoint.
+        """
+        if self.pending:
+            losses = [name for name in self.metrics if name.startswith("losses/")]
+            bad = [name for name in losses if not math.isfinite(self.metrics[name])]
+            if bad:
+                raise UserError(f"update {self.updates} was not finite: {', '.join(bad)}")
+            place, latents = self.pending
+            self.replay.write_latents(place, *(x.cpu().numpy() for x in latents))
+            self.pending = None
 
     def state_dict(self):
         """All that a resumed run needs beside the replay's files."""
@@ -1786,7 +1760,7 @@ class Trainer:
             raise UserError(f"the environment has other spaces now: {self.envs.spaces}")
         self.agent.load_state_dict(state["agent"])
         self.step, self.updates, self.credit = state["step"], state["updates"], state["credit"]
-        if self.replay.folder and state["replay"]:
+        if self.replay.path and state["replay"]:
             self.replay.load_state_dict(state["replay"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.agent.device.type == "cuda" and "cuda" in state["random"]:
@@ -1809,19 +1783,21 @@ def evaluate(agent, args, episodes, video=None, stop=()):
     obs, is_first, carry = envs.reset(), np.ones(num_envs, bool), agent.initial(num_envs)
     running, returns, is_last = np.zeros(num_envs), [], np.zeros(num_envs, bool)
     length = np.zeros(num_envs, int)
-    while remaining.any() and not stop:
-        tensors = to_device(obs | {"is_first": is_first}, agent.device)
-        carry = agent.act(tensors, tensors.pop("is_first"), carry, greedy=not args.eval_sample)
-        envs.send(carry[-1].cpu().numpy())
-        obs, reward, terminated, truncated = envs.receive()
-        running += reward
-        is_first, is_last = is_last, terminated | truncated
-        length += 1
-        over = is_last | (length >= LONGEST_EPISODE)
-        returns += list(running[over & (remaining > 0)])
-        remaining -= over & (remaining > 0)
-        running[over] = length[over] = 0
-    envs.envs.close()
+    try:
+        while remaining.any() and not stop:
+            tensors = to_device(obs | {"is_first": is_first}, agent.device)
+            carry = agent.act(tensors, carry, not args.eval_sample)
+            envs.send(carry[-1].cpu().numpy())
+            obs, reward, terminated, truncated = envs.receive()
+            running += reward
+            is_first, is_last = is_last, terminated | truncated
+            length += 1
+            over = is_last | (length >= LONGEST_EPISODE)
+            returns += list(running[over & (remaining > 0)])
+            remaining -= over & (remaining > 0)
+            running[over] = length[over] = 0
+    finally:
+        envs.envs.close()
     return np.array(returns)
 
 
@@ -1836,9 +1812,8 @@ def save_checkpoint(path, trainer):
     """Write what `load_checkpoint` needs. Raises UserError, and leaves what was there.
 
     First to a temporary file, then in place in one step: a run that is killed leaves the old
-    checkpoint or the new one, never half of one. Networks that are not finite are not saved.
+    checkpoint or the new one, never half of one. What a broken update left is not saved.
     """
-    trainer.agent.check_finite()
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1856,6 +1831,9 @@ def load_checkpoint(path):
     """The dict of `save_checkpoint`, on the CPU. Executes no code from it. Raises UserError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        parts = {"args", "step", "updates", "credit", "agent", "replay", "random", "spaces"}
+        if missing := sorted(parts - checkpoint.keys()):
+            raise ValueError(f"it is of another version, without {', '.join(missing)}")
         return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:
         raise UserError(f"cannot load the checkpoint {path}: {first_line(error)}") from error
@@ -1957,9 +1935,9 @@ def describe(trainer, folder, dtype):
     print(f"environment  {args.env_id} x {args.num_envs}: {', '.join(sees)}; actions {acts}")
     print(f"parameters   {count(agent.model):,}: {parts}")
     steps = min(replay.length, -(-args.total_timesteps // args.num_envs))
-    where = "files" if replay.folder else "memory"
-    size = f"{args.num_envs} x {steps:,} steps, {steps * replay.step_bytes / 1e9:.2f} GB"
-    print(f"replay       {size} in {where} at the end")
+    where = replay.path or "memory"
+    size = f"{args.num_envs} x {steps:,} steps, {steps * replay.entry.itemsize / 1e9:.2f} GB"
+    print(f"replay       {size} at the end, in {where}")
     print(f"device       {device}, {str(dtype).removeprefix('torch.')}")
     print(f"schedule     {ratio:.3g} updates a step, {args.total_timesteps * ratio:,.0f} in all")
     if cpu:
@@ -1988,6 +1966,8 @@ def benchmark(args, device, dtype):
             times.append(1e3 * (time.perf_counter() - start))
         return np.array(times)
 
+    least = (args.batch_length + 3 * args.batch_size) * args.num_envs
+    args = replace(args, total_timesteps=max(args.total_timesteps, least))
     trainer = Trainer(args, device, dtype)
     agent, replay, trainer.starts_needed = trainer.agent, trainer.replay, math.inf
     print("collecting steps, then compiling (a minute or two) ...", flush=True)
@@ -1996,11 +1976,11 @@ def benchmark(args, device, dtype):
     warmup = measure(trainer.train, 5, 0).sum() / 1e3
     print("measuring updates, actions, then both ...", flush=True)
     update = measure(trainer.train, 5, BENCHMARK_SECONDS, 50)
-    one = to_device({k: x[:1] for k, x in trainer.obs.items()}, device)
-    is_first, carry = torch.zeros(1, dtype=torch.bool, device=device), agent.initial(1)
-    act = measure(lambda: agent.act(one, is_first, carry)[-1].cpu(), 100, 0)[10:]
-    # Whole cycles of the schedule: as many steps as lie between two updates.
-    trainer.starts_needed, trainer.credit = 1, 0.0
+    one, carry = trainer.obs | {"is_first": trainer.is_first}, agent.initial(1)
+    one = to_device({key: x[:1] for key, x in one.items()}, device)
+    act = measure(lambda: agent.act(one, carry)[-1].cpu(), 100, 0)[10:]
+    # Whole cycles of the schedule: the steps from one update to the next.
+    trainer.starts_needed, trainer.credit = 1, 1.0
     cycle = math.ceil(1 / (args.num_envs * trainer.updates_per_step))
     steps = measure(
         lambda: [trainer.collect_and_train() for _ in range(cycle)], 2, BENCHMARK_SECONDS / 3
@@ -2015,7 +1995,7 @@ def benchmark(args, device, dtype):
     batch, place = replay.sample()
     batch = to_device(batch | replay.read_latents(place), device)
     with FlopCounterMode(display=False) as flops, torch.compiler.set_stance("force_eager"):
-        agent._learn(batch)
+        Agent.train_step(agent, batch)
     trainer.envs.envs.close()
     result = {
         "update_ms": np.median(update),
@@ -2044,8 +2024,11 @@ FREE_TO_CHANGE = """
 """.split()
 
 
-def main(args):
-    """Train as `args` say, or evaluate. Returns the returns of the last evaluation."""
+def main(args, stop=()):
+    """Train as `args` say, evaluate or measure. Returns the returns of the last evaluation.
+
+    Ends after the step it is in, with a checkpoint, when something is put into the list `stop`.
+    """
     check_args(args)
     device, dtype = choose_device(args)
     torch.manual_seed(args.seed)
@@ -2068,39 +2051,25 @@ def main(args):
                 raise UserError(f"--{flag} is {old} in this run, and must not become anything else")
         if checkpoint["step"] >= args.total_timesteps:
             done = f"{checkpoint['step']:,} steps of {args.total_timesteps:,}"
-            raise UserError(f"the run is complete: {done}; --total-timesteps can take it further")
+            raise UserError(f"the run is complete: {done}; more with a larger --total-timesteps")
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{stamp}"
         folder = Path(args.run_dir) / re.sub(r"[^\w.-]+", "-", name)
-    files = folder / "replay" if args.save_replay else None
-    trainer = Trainer(args, device, dtype, files, checkpoint)
-    agent = trainer.agent
-    try:
-        # A new run appears with a checkpoint inside: whatever is there can be resumed.
-        new = folder if args.resume else folder.with_name(f"{folder.name}.new")
-        new.mkdir(parents=True, exist_ok=bool(args.resume))
+    trainer = Trainer(
+        args, device, dtype, folder / "replay.bin" if args.save_replay else None, checkpoint
+    )
+    if not args.resume:  # a run appears with a checkpoint inside: whatever is there can be resumed
+        new = folder.with_name(f"{folder.name}.new")
+        new.mkdir(parents=True)
         (new / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        if not args.resume:
-            save_checkpoint(new / "checkpoint.pt", trainer)
-            new.rename(folder)
-        logger = Logger(args, folder, trainer.step, trainer.updates)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.parent}: {error}") from error
+        save_checkpoint(new / "checkpoint.pt", trainer)
+        new.rename(folder)
+    del checkpoint
+    logger = Logger(args, folder, trainer.step, trainer.updates)
     describe(trainer, folder, dtype)
 
-    stop, returns, warned = [], None, False
-
-    def on_signal(number, frame):
-        """Ask the loop to end; the second time, end the process."""
-        if stop:
-            os._exit(128 + number)
-        stop.append(number)
-        os.write(2, b"\nstopping after this step; once more, and it stops at once\n")
-
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {x: signal.signal(x, on_signal) for x in (signal.SIGINT, signal.SIGTERM)}
+    agent, returns = trainer.agent, None
     due = lambda every: every and step // every > (step - args.num_envs) // every
     try:
         while trainer.step < args.total_timesteps and not stop:
@@ -2108,12 +2077,10 @@ def main(args):
             step, updates = trainer.step, trainer.updates
             for episode_return, length in episodes:
                 logger.episode(step, episode_return, length)
-            if not warned and trainer.episode_length.max() >= LONGEST_EPISODE:
-                env, warned = trainer.episode_length.argmax(), True
+            for env in np.flatnonzero(trainer.episode_length == LONGEST_EPISODE):
                 logger.show(f"environment {env}: no end of an episode in {LONGEST_EPISODE:,} steps")
             logger.status(step, updates)
             if updates and due(args.log_every):
-                agent.check_finite()
                 speed = {"charts/updates": updates, "charts/SPS": logger.rate}
                 logger.write(step, trainer.metrics | speed)
             if args.eval_episodes and (due(args.eval_every) or step >= args.total_timesteps):
@@ -2134,10 +2101,6 @@ def main(args):
         finally:
             trainer.envs.envs.close()
             logger.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    if stop:
-        sys.exit(128 + stop[0])
     return returns
 
 
@@ -2162,16 +2125,29 @@ def fail(message):
 
 def cli():
     """The command line."""
-    args = parse()
+    args, stop = parse(), []
+
+    def on_signal(number, frame):
+        """Ask the loop to end; the second time, end the process."""
+        if stop:
+            os._exit(128 + number)
+        stop.append(number)
+        os.write(2, b"\nstopping after this step; once more, and it stops at once\n")
+
+    if not (args.evaluate or args.benchmark):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
     try:
         if args.resume:  # flags that are not given are the run's
             check_args(args)
             args = parse(load_checkpoint(Path(args.resume) / "checkpoint.pt")["args"])
-        main(args)
-    except UserError as error:
+        main(args, stop)
+    except (UserError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    if stop:
+        sys.exit(128 + stop[0])
 
 
 if __name__ == "__main__":
