@@ -8,6 +8,7 @@ mark details of it that the paper does not spell out; the README explains them.
     python dreamer_v3.py --env-id ALE/MsPacman-v5                       # Atari, as benchmarked
     python dreamer_v3.py --env-id CartPole-v1 --size 1m --num-envs 4 --total-timesteps 10000
     python dreamer_v3.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20
+    python dreamer_v3.py --resume runs/<run>
 
 Dimensions: B replay batch, T replay time, H imagined steps, N = B*T imagined trajectories, A action
 width, E embedding, D deter, S latent variables of K classes, F = D + S*K feature, G blocks of the
@@ -28,7 +29,7 @@ What the replay holds: one column is one entry, a new episode begins at `|`.
     is_terminal  0    0    0    1  |  0      it ends by itself; 0 if it was cut off (truncated)
 
 Sections: 1 arguments, 2 transformations, 3 distributions, 4 layers, 5 encoder and decoder, 6 RSSM,
-7 world model, 8 behaviour, 9 optimizer, 10 agent, 11 replay, 12 environments, 13 logging,
+7 world model, 8 behaviour, 9 optimizer, 10 agent, 11 replay, 12 environments, 13 logging, training,
 evaluation, checkpoint, 14 main.
 """
 
@@ -1560,7 +1561,7 @@ class Environments:
         return (np.rint(action) if space.dtype.kind in "iu" else action).astype(space.dtype)
 
 
-# ---- 13. Logging, evaluation, checkpoint ---------------------------------------------------------
+# ---- 13. Logging, training, evaluation, checkpoint -----------------------------------------------
 
 
 class Logger:
