@@ -1746,7 +1746,7 @@ class Trainer:
             self.pending = None
 
     def state_dict(self):
-        """All that a resumed run needs beside the replay's files."""
+        """All that a resumed run needs beside the replay's file. Raises UserError, see above."""
         self.write_latents()
         counters = {name: getattr(self, name) for name in ("step", "updates", "credit")}
         random = {"cpu": torch.get_rng_state()}
@@ -1815,10 +1815,11 @@ def save_checkpoint(path, trainer):
     First to a temporary file, then in place in one step: a run that is killed leaves the old
     checkpoint or the new one, never half of one. What a broken update left is not saved.
     """
+    state = {"args": asdict(trainer.args)} | trainer.state_dict()
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"args": asdict(trainer.args)} | trainer.state_dict(), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -2714,6 +2714,7 @@ def test_non_finite_updates(tmp_path, monkeypatch):
         x for x in tree_leaves(state) if isinstance(x, torch.Tensor) and x.is_floating_point()
     ]
     assert len(floats) > 50 and all(x.isfinite().all() for x in floats)
+    assert not list(folder.glob("*.tmp"))
     dreamer_v3.main(replace(args, resume=str(folder)))  # calls go on counting: no failure now
 
 
