@@ -47,10 +47,12 @@ import multiprocessing
 import operator
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -1330,8 +1332,10 @@ def make_envs(args, num_envs, video=None):
     Raises UserError if it cannot be made.
     """
     try:
-        kwargs = dict(json.loads(args.env_kwargs))
-    except (TypeError, ValueError) as error:
+        kwargs = json.loads(args.env_kwargs)
+        if not isinstance(kwargs, dict):
+            raise ValueError
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--env-kwargs must be a JSON object, not {args.env_kwargs}") from error
     atari = args.env_id.split(":")[-1].startswith("ALE/")
     if atari:
@@ -1350,7 +1354,7 @@ def make_envs(args, num_envs, video=None):
         if multiprocessing.parent_process():  # Ctrl-C reaches all: leave the answer to the parent
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        env = gym.make(args.env_id, **kwargs)
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)  # `Guard` checks
         if video:
             env = gym.wrappers.RecordVideo(env, str(video), lambda episode: True)
         return Guard(env, index)
@@ -1394,15 +1398,25 @@ class Guard(gym.Wrapper):
         """The result of `call`. Raises UserError if it fails or does not fit the space."""
         self.steps += 1
         try:
-            result = call()
+            obs, *rest = result = call()
             for name, (path, space) in leaves(self.observation_space).items():
-                value = pick(result[0], path)
+                value = pick(obs, path)
                 if value.shape != (space.shape or ()):
                     raise ValueError(f"{name} has shape {value.shape}, its space {space.shape}")
                 if not np.can_cast(value.dtype, space.dtype, "same_kind"):
                     raise ValueError(f"{name} is {value.dtype}, its space {space.dtype}")
+                if discrete_classes(space) and not space.contains(value):
+                    raise ValueError(f"{name} is {value}, not in {space}")
+            if len(rest) != 1:
+                reward, terminated, truncated, _ = rest
+                if (
+                    np.shape(reward)
+                    or not math.isfinite(reward)
+                    or not {terminated, truncated} <= {0, 1}
+                ):
+                    raise ValueError(f"reward {reward}, ends {terminated} and {truncated}")
             return result
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
             raise UserError(
                 f"environment {self.index}, its step {self.steps}: {problem}"
@@ -1481,6 +1495,8 @@ class Environments:
         self.steps = 0
         for name, (path, space) in leaves(self.envs.single_observation_space).items():
             is_box = isinstance(space, gym.spaces.Box)
+            if 0 in (space.shape or ()):
+                raise UserError(f"{name}: the space is empty, {space}")
             if is_box and space.dtype == np.uint8 and 2 <= len(space.shape) <= 4:
                 self.images[name] = path, space
             elif is_box or discrete_classes(space):
@@ -1489,7 +1505,7 @@ class Environments:
                 raise UserError(f"{name}: cannot encode a {type(space).__name__} space")
         self.action_space = space = self.envs.single_action_space
         classes = discrete_classes(space)
-        if not classes and not isinstance(space, gym.spaces.Box):
+        if not classes and not isinstance(space, gym.spaces.Box) or 0 in space.shape:
             raise UserError(f"actions of a {type(space).__name__} space are not supported")
         example = self.encode_obs(self.envs.observation_space.sample())
         vectors = []
@@ -1502,7 +1518,7 @@ class Environments:
 
     def reset(self):
         """First observations of all environments: dict of arrays (n, ...)."""
-        return self.encode_obs(self.envs.reset(seed=self.seed)[0])
+        return self.encode_obs(self.call(lambda: self.envs.reset(seed=self.seed))[0])
 
     def send(self, action):
         """Begin a step with action vectors (n, A); `receive` ends it.
@@ -1512,16 +1528,38 @@ class Environments:
         self.action = self.decode_action(action)
         begin = getattr(self.envs, "send", getattr(self.envs, "step_async", None))
         if begin:
-            begin(self.action)
+            self.call(begin, self.action)
 
     def receive(self):
         """obs, reward, terminated, truncated; after an end, the next episode's first obs."""
         end = getattr(self.envs, "recv", getattr(self.envs, "step_wait", None))
-        obs, reward, terminated, truncated, _ = end() if end else self.envs.step(self.action)
+        result = self.call(end) if end else self.call(self.envs.step, self.action)
+        obs, reward, terminated, truncated, _ = result
         self.steps += 1
+        reward = np.asarray(reward, np.float32)
         self.check_finite("the reward", reward)
-        flags = np.asarray(terminated, bool), np.asarray(truncated, bool)
-        return self.encode_obs(obs), np.asarray(reward, np.float32), *flags
+        return (
+            self.encode_obs(obs),
+            reward,
+            np.asarray(terminated, bool),
+            np.asarray(truncated, bool),
+        )
+
+    def call(self, function, *args):
+        """The result of a function of the vector environment. Raises UserError for any failure."""
+        try:
+            return function(*args)
+        except UserError:
+            raise
+        except Exception as error:  # such as EOFError: a process of --async-envs has died
+            problem = f"{type(error).__name__}: {error}"
+            raise UserError(f"the environments failed at step {self.steps}: {problem}") from error
+
+    def close(self):
+        """End the environments; those that have died already cannot say so."""
+        with contextlib.suppress(Exception):
+            self.envs.close()
+        self.envs.closed = True  # or it would try again when it is deleted
 
     def check_finite(self, name, values):
         """Raise UserError if one of the values (n, ...) is not a finite number."""
@@ -1555,7 +1593,8 @@ class Environments:
             return index.astype(space.dtype) + getattr(space, "start", 0)
         action = action.reshape(-1, *space.shape)
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
-        low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+        low = np.where(bounded, space.low, -1.0).astype(np.float64)  # high - low may be large
+        high = np.where(bounded, space.high, 1.0).astype(np.float64)
         scaled = low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
         action = np.clip(np.where(bounded, scaled, action), space.low, space.high)
         return (np.rint(action) if space.dtype.kind in "iu" else action).astype(space.dtype)
@@ -1567,16 +1606,27 @@ class Environments:
 class Logger:
     """Metrics to metrics.jsonl, to TensorBoard if it is installed, to W&B with --track.
 
+    Holds the run's folder against other processes. A resumed run begins at `step`.
+
     The status line is rewritten in place on a terminal, and printed every ten seconds elsewhere.
     """
 
     def __init__(self, args, folder, step=0, updates=0):
+        self.lock = None
+        with contextlib.suppress(ImportError):  # which Windows does not have
+            fcntl, self.lock = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{folder} is in use by another process") from error
         path, lines = folder / "metrics.jsonl", []
         if step:  # a resumed run: drop what was written after its checkpoint
-            for line in path.read_text().splitlines() if path.exists() else ():
-                with contextlib.suppress(ValueError):  # the last line may be incomplete
-                    lines += [line] if json.loads(line)["step"] <= step else []
-        path.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in lines))
+            for line in path.read_bytes().splitlines() if path.exists() else ():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # the last may be torn
+                    entry = json.loads(line)
+                    lines += [entry] if entry["step"] <= step and entry["time"] >= 0 else []
+        text = "".join(f"{json.dumps(entry)}\n" for entry in lines)
+        path.with_suffix(".tmp").write_text(text)
         os.replace(path.with_suffix(".tmp"), path)
         self.file = open(path, "a", buffering=1)
         self.tensorboard = self.wandb = None
@@ -1590,7 +1640,7 @@ class Logger:
             same = dict(id=re.sub(r"\W", "-", folder.name), resume="allow")
             self.wandb.init(**where, **same, name=folder.name, config=asdict(args))
         self.total, self.terminal = args.total_timesteps, sys.stdout.isatty()
-        self.began = time.time() - (json.loads(lines[-1])["time"] if lines else 0)
+        self.began = time.time() - (lines[-1]["time"] if lines else 0)
         # (time, step, updates) of the last status lines
         self.marks = deque([(time.time(), step, updates)], maxlen=20)
         self.returns, self.rate = deque(maxlen=20), 0.0
@@ -1631,12 +1681,15 @@ class Logger:
 
     def show(self, text, end="\n"):
         """Print a line in place of the status line."""
-        print(f"\r\x1b[2K{text}" if self.terminal else text, end=end, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # `| head` does not end a run
+            print(f"\r\x1b[2K{text}" if self.terminal else text, end=end, flush=True)
 
     def close(self):
         """Flush and close everything."""
         with contextlib.suppress(OSError):  # what a full disk did not take
             self.file.close()
+        if self.lock is not None:
+            os.close(self.lock)
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -1662,6 +1715,9 @@ def keep_freed_memory():
         libc.mallopt(trim_threshold, -1)
 
 
+COUNTERS = ("step", "updates", "credit", "evaluated")
+
+
 class Trainer:
     """Collection and training: what a run carries from one step to the next."""
 
@@ -1670,13 +1726,16 @@ class Trainer:
         # A resumed run begins new episodes: not those of its start, nor those of evaluations.
         seed = args.seed + (100_000 + checkpoint["step"] if checkpoint else 0)
         self.envs = Environments(args, n, seed)
-        self.agent = Agent(args, self.envs.spaces, device, dtype)
+        try:
+            self.agent = Agent(args, self.envs.spaces, device, dtype)
+        except RuntimeError as error:
+            raise UserError(f"cannot make networks of this size: {first_line(error)}") from error
         steps = args.buffer_size if replay_path else min(args.buffer_size, args.total_timesteps + n)
         sizes = -(-steps // n), n, self.envs.spaces, self.agent.model.rssm, args
         self.replay = Replay(*sizes, replay_path)
         if device.type == "cpu":
             keep_freed_memory()  # from here on: what the replay will fill, nobody has touched yet
-        self.step = self.updates = 0
+        self.step = self.updates = self.evaluated = 0  # steps, updates, step of the last evaluation
         self.updates_per_step = args.train_ratio / (args.batch_size * args.batch_length)
         self.credit = float(self.updates_per_step > 0)  # updates owed; the first one at once
         self.starts_needed = args.batch_size * args.batch_length  # before training begins [D22]
@@ -1748,7 +1807,7 @@ class Trainer:
     def state_dict(self):
         """All that a resumed run needs beside the replay's file. Raises UserError, see above."""
         self.write_latents()
-        counters = {name: getattr(self, name) for name in ("step", "updates", "credit")}
+        counters = {name: getattr(self, name) for name in COUNTERS}
         random = {"cpu": torch.get_rng_state()}
         if self.agent.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.agent.device)
@@ -1760,7 +1819,8 @@ class Trainer:
         if state["spaces"] != repr(self.envs.spaces):
             raise UserError(f"the environment has other spaces now: {self.envs.spaces}")
         self.agent.load_state_dict(state["agent"])
-        self.step, self.updates, self.credit = state["step"], state["updates"], state["credit"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])
         if self.replay.path and state["replay"]:
             self.replay.load_state_dict(state["replay"])
         torch.set_rng_state(state["random"]["cpu"])
@@ -1798,7 +1858,7 @@ def evaluate(agent, args, episodes, video=None, stop=()):
             remaining -= over & (remaining > 0)
             running[over] = length[over] = 0
     finally:
-        envs.envs.close()
+        envs.close()
     return np.array(returns)
 
 
@@ -1832,13 +1892,19 @@ def save_checkpoint(path, trainer):
 def load_checkpoint(path):
     """The dict of `save_checkpoint`, on the CPU. Executes no code from it. Raises UserError."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        parts = {"args", "step", "updates", "credit", "agent", "replay", "random", "spaces"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a foreign pickle
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        parts = {"args", "agent", "replay", "random", "spaces", *COUNTERS}
         if missing := sorted(parts - checkpoint.keys()):
-            raise ValueError(f"it is of another version, without {', '.join(missing)}")
+            raise UserError(f"{path} is of another version: it lacks {', '.join(missing)}")
         return checkpoint | {"args": Args(**checkpoint["args"])}
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"cannot load the checkpoint {path}: {first_line(error)}") from error
+        raise UserError(f"{path} is damaged or not a checkpoint of dreamer_v3.py") from error
 
 
 def first_line(error):
@@ -1852,7 +1918,7 @@ def evaluate_checkpoint(args, device, dtype):
     kept = "evaluate eval_episodes eval_sample capture_video seed cuda dtype".split()
     args = replace(checkpoint["args"], compile=False, **{k: getattr(args, k) for k in kept})
     envs = Environments(args, 1, args.seed)
-    envs.envs.close()
+    envs.close()
     agent = Agent(args, envs.spaces, device, dtype)
     agent.load_state_dict(checkpoint["agent"])
     returns = evaluate(agent, args, args.eval_episodes)
@@ -1868,9 +1934,7 @@ def evaluate_checkpoint(args, device, dtype):
 def check_args(args):
     """Raise UserError for numbers that cannot work, alone or together."""
     huge = 2**62  # not infinity, which is no number to compute with
-    at_least_1 = (
-        "total_timesteps num_envs batch_size log_every save_every stoch blocks imag_horizon"
-    )
+    at_least_1 = "total_timesteps num_envs batch_size log_every save_every stoch blocks"
     at_least_0 = """
         eval_every eval_episodes train_ratio free_nats beta_pred beta_dyn beta_rep ent_coef beta_val
         beta_repval slow_reg learning_rate warmup_updates agc_clip
@@ -1880,7 +1944,12 @@ def check_args(args):
     limits |= dict.fromkeys(at_least_0.split(), (0, huge)) | dict.fromkeys(shares.split(), (0, 1))
     one_batch = (args.batch_size + args.num_envs) * args.batch_length
     limits |= {"batch_length": (2, huge), "buffer_size": (one_batch, huge), "seed": (0, 2**31)}
-    limits |= {"beta1": (0, 0.9999), "beta2": (0, 0.9999), "laprop_eps": (1e-30, 1)}
+    limits |= {
+        "imag_horizon": (1, 10_000),
+        "beta1": (0, 0.9999),
+        "beta2": (0, 0.9999),
+        "laprop_eps": (1e-30, 1),
+    }
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:  # nor may it be nan
             text = f"a number of at least {least}" if most == huge else f"in [{least}, {most}]"
@@ -1998,7 +2067,7 @@ def benchmark(args, device, dtype):
     batch = to_device(batch | replay.read_latents(place), device)
     with FlopCounterMode(display=False) as flops, torch.compiler.set_stance("force_eager"):
         Agent.train_step(agent, batch)
-    trainer.envs.envs.close()
+    trainer.envs.close()
     result = {
         "update_ms": np.median(update),
         "update_ms_min": update.min(),
@@ -2026,6 +2095,12 @@ FREE_TO_CHANGE = """
 """.split()
 
 
+def evaluation_due(args, step, evaluated):
+    """Whether a run at `step`, last evaluated at step `evaluated`, is to be evaluated now."""
+    passed = args.eval_every and step // args.eval_every > evaluated // args.eval_every
+    return args.eval_episodes and evaluated < step and (passed or step >= args.total_timesteps)
+
+
 def main(args, stop=()):
     """Train as `args` say, evaluate or measure. Returns the returns of the last evaluation.
 
@@ -2051,8 +2126,9 @@ def main(args, stop=()):
             if name not in FREE_TO_CHANGE and getattr(args, name) != old:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is {old} in this run, and must not become anything else")
-        if checkpoint["step"] >= args.total_timesteps:
-            done = f"{checkpoint['step']:,} steps of {args.total_timesteps:,}"
+        step, evaluated = checkpoint["step"], checkpoint["evaluated"]
+        if step >= args.total_timesteps and not evaluation_due(args, step, evaluated):
+            done = f"{step:,} steps of {args.total_timesteps:,}"
             raise UserError(f"the run is complete: {done}; more with a larger --total-timesteps")
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -2064,9 +2140,13 @@ def main(args, stop=()):
     if not args.resume:  # a run appears with a checkpoint inside: whatever is there can be resumed
         new = folder.with_name(f"{folder.name}.new")
         new.mkdir(parents=True)
-        (new / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        save_checkpoint(new / "checkpoint.pt", trainer)
-        new.rename(folder)
+        try:
+            (new / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            save_checkpoint(new / "checkpoint.pt", trainer)
+            new.rename(folder)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
     del checkpoint
     logger = Logger(args, folder, trainer.step, trainer.updates)
     describe(trainer, folder, dtype)
@@ -2074,7 +2154,23 @@ def main(args, stop=()):
     agent, returns = trainer.agent, None
     due = lambda every: every and step // every > (step - args.num_envs) // every
     try:
-        while trainer.step < args.total_timesteps and not stop:
+        while not stop:
+            step, updates = trainer.step, trainer.updates
+            if evaluation_due(args, step, trainer.evaluated):
+                returns = evaluate(agent, args, args.eval_episodes, stop=stop)
+                if stop:
+                    break  # a resumed run makes up for it
+                trainer.evaluated = step
+                names = ("eval/episodic_return", "eval/episodic_return_std")
+                logger.write(step, dict(zip(names, (returns.mean(), returns.std()), strict=True)))
+                logger.show(f"step {step:,}  evaluation: {summary(returns)}")
+                if args.capture_video:
+                    evaluate(agent, args, 1, folder / f"videos/step_{step}", stop)
+            if due(args.save_every):  # last: what is logged up to a checkpoint stays
+                save_checkpoint(folder / "checkpoint.pt", trainer)
+            if step >= args.total_timesteps:
+                break
+
             episodes = trainer.collect_and_train()
             step, updates = trainer.step, trainer.updates
             for episode_return, length in episodes:
@@ -2085,23 +2181,12 @@ def main(args, stop=()):
             if updates and due(args.log_every):
                 speed = {"charts/updates": updates, "charts/SPS": logger.rate}
                 logger.write(step, trainer.metrics | speed)
-            if args.eval_episodes and (due(args.eval_every) or step >= args.total_timesteps):
-                returns = evaluate(agent, args, args.eval_episodes, stop=stop)
-                if stop:
-                    break
-                names = ("eval/episodic_return", "eval/episodic_return_std")
-                logger.write(step, dict(zip(names, (returns.mean(), returns.std()), strict=True)))
-                logger.show(f"step {step:,}  evaluation: {summary(returns)}")
-                if args.capture_video:
-                    evaluate(agent, args, 1, folder / f"videos/step_{step}", stop)
-            if due(args.save_every):  # last: what is logged up to a checkpoint stays
-                save_checkpoint(folder / "checkpoint.pt", trainer)
     finally:
         try:
             save_checkpoint(folder / "checkpoint.pt", trainer)
             logger.show(f"saved {folder / 'checkpoint.pt'} at step {trainer.step:,}")
         finally:
-            trainer.envs.envs.close()
+            trainer.envs.close()
             logger.close()
     return returns
 
@@ -2140,12 +2225,15 @@ def cli():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
     try:
-        if args.resume:  # flags that are not given are the run's
-            check_args(args)
+        if args.resume and not (args.evaluate or args.benchmark):  # other flags are the run's
             args = parse(load_checkpoint(Path(args.resume) / "checkpoint.pt")["args"])
         main(args, stop)
     except (UserError, OSError) as error:
-        fail(error)
+        if not stop:
+            fail(error)
+        print("dreamer_v3.py:", *str(error).split(), file=sys.stderr)
+    except MemoryError as error:
+        fail(f"not enough memory: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     if stop:

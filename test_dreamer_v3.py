@@ -1660,7 +1660,7 @@ def test_checkpoint_roundtrip(tmp_path):
 
 def holder(agent, **state):
     """In place of a Trainer: what `save_checkpoint` reads of it."""
-    others = dict.fromkeys(("step", "updates", "credit", "replay", "random", "spaces"), 0)
+    others = dict.fromkeys(("replay", "random", "spaces", *dreamer_v3.COUNTERS), 0)
     state_dict = lambda: others | {"agent": agent.state_dict()} | state
     return SimpleNamespace(agent=agent, args=agent.args, state_dict=state_dict)
 
@@ -2634,6 +2634,14 @@ class Faulty(gym.Env):
                     obs["a"] = np.zeros(3, np.float32)
                 case "dtype":
                     obs["b"] = 0.5
+                case "range":
+                    obs["b"] = 3
+                case "reward array":
+                    reward = np.zeros(2)
+                case "no end":
+                    return obs, reward, None, False, {}
+                case "exits":
+                    sys.exit(3)
                 case "missing":
                     del obs["a"]
         return obs, reward, self.fault == "ends at once", self.t % 5 == 0, {}
@@ -2643,9 +2651,13 @@ gym.register("TestFaulty-v0", entry_point=Faulty)
 FAULTS = {
     "raises": "RuntimeError: the simulator broke",
     "nan": "obs/a is not finite",
-    "infinite reward": "the reward is not finite",
+    "infinite reward": "reward inf",
     "shape": r"obs/a has shape \(3,\), its space \(2,\)",
     "dtype": "obs/b is float64, its space int64",
+    "range": r"obs/b is 3, not in Discrete\(3\)",
+    "reward array": "reward ",
+    "no end": "ends None",
+    "exits": "SystemExit: 3",
     "missing": "KeyError: 'a'",
 }
 
@@ -2853,6 +2865,75 @@ def test_kill(tmp_path):
 def test_fifty_kills(tmp_path):
     """Group J: kill -9 at fifty random moments."""
     print(f"reached step {kill_at_random_moments(tmp_path, 50)}")
+
+
+def test_signal_during_an_evaluation(tmp_path):
+    """Group J: an evaluation that a signal cut short is made up for, also the last one."""
+    settings = dict(env_id="TestCounting-v0", run_dir=str(tmp_path), eval_every=20, eval_episodes=9)
+    args, stop = tiny(**settings), []
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate = dreamer_v3.evaluate
+        patch.setattr(
+            dreamer_v3, "evaluate", lambda *a, stop: (stop.append(2), evaluate(*a, stop=stop))
+        )
+        dreamer_v3.main(args, stop)
+    (folder,) = tmp_path.iterdir()
+    assert dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["step"] == 20
+    args = replace(args, resume=str(folder))
+    stops = iter(([], [2]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            dreamer_v3,
+            "evaluate",
+            lambda *a, stop: (stop.extend(next(stops)), evaluate(*a, stop=stop))[1],
+        )
+        dreamer_v3.main(args, [])
+    assert dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["step"] == 40
+    assert len(dreamer_v3.main(args)) == 9
+    evaluated = [x["step"] for x in read_metrics(folder) if "eval/episodic_return" in x]
+    assert evaluated == [20, 40]
+    with pytest.raises(UserError, match="complete"):
+        dreamer_v3.main(args)
+
+
+def test_one_process_for_a_run(tmp_path):
+    """Group J: a run that goes on cannot be resumed, and does not notice the attempt."""
+    settings = tiny(env_id="CartPole-v1", run_dir=str(tmp_path), total_timesteps=10**6)
+    process = start(*flags(settings))
+    path = wait_for_steps(tmp_path, process)
+    out, err = start("--resume", str(path.parent)).communicate()
+    assert err.startswith("dreamer_v3.py: error: ") and "in use by another process" in err
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    steps = [line["step"] for line in read_metrics(path.parent)]
+    assert steps == sorted(steps) and steps[-1] <= dreamer_v3.load_checkpoint(path)["step"]
+
+
+def test_worker_that_dies(tmp_path):
+    """Group J: a killed process of --async-envs is one line, and the run is saved."""
+    settings = tiny(env_id="TestCounting-v0", run_dir=str(tmp_path), total_timesteps=10**6)
+    process = start(*flags(replace(settings, async_envs=True, num_envs=2)))
+    path = wait_for_steps(tmp_path, process)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    for worker in workers.stdout.split():
+        os.kill(int(worker), signal.SIGKILL)
+    out, err = process.communicate()
+    assert process.returncode == 2 and len(err.strip().splitlines()) == 1, err
+    assert "the environments failed at step" in err
+    assert dreamer_v3.load_checkpoint(path)["step"] > 0
+
+
+def test_metrics_that_are_not_ours(tmp_path):
+    """Group J: lines of metrics.jsonl that cannot be read do not keep a run from going on."""
+    args = tiny(env_id="TestCounting-v0", run_dir=str(tmp_path))
+    dreamer_v3.main(args)
+    (folder,) = tmp_path.iterdir()
+    before = read_metrics(folder)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\xfe\n3\n{"a": 1}\n{"step": 1}\n')
+    dreamer_v3.main(replace(args, resume=str(folder), total_timesteps=60))
+    assert read_metrics(folder)[: len(before)] == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
