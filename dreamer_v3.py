@@ -1864,9 +1864,11 @@ def evaluate(agent, args, episodes, video=None, stop=()):
 
 def summary(returns):
     """Mean, spread and range of returns as text."""
-    error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else math.nan
-    text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error), {len(returns)} episodes"
-    return f"{text}, median {np.median(returns):.1f}, {returns.min():.1f} to {returns.max():.1f}"
+    text = f"mean {returns.mean():.1f}"
+    if len(returns) > 1:
+        text += f" +- {returns.std(ddof=1) / len(returns) ** 0.5:.1f} (standard error)"
+    text += f", median {np.median(returns):.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    return f"{text}, {len(returns)} episodes"
 
 
 def save_checkpoint(path, trainer):
@@ -1944,12 +1946,8 @@ def check_args(args):
     limits |= dict.fromkeys(at_least_0.split(), (0, huge)) | dict.fromkeys(shares.split(), (0, 1))
     one_batch = (args.batch_size + args.num_envs) * args.batch_length
     limits |= {"batch_length": (2, huge), "buffer_size": (one_batch, huge), "seed": (0, 2**31)}
-    limits |= {
-        "imag_horizon": (1, 10_000),
-        "beta1": (0, 0.9999),
-        "beta2": (0, 0.9999),
-        "laprop_eps": (1e-30, 1),
-    }
+    limits |= dict.fromkeys(("beta1", "beta2"), (0, 0.9999))
+    limits |= {"imag_horizon": (1, 10_000), "laprop_eps": (1e-30, 1)}
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:  # nor may it be nan
             text = f"a number of at least {least}" if most == huge else f"in [{least}, {most}]"
