@@ -2901,7 +2901,7 @@ def test_one_process_for_a_run(tmp_path):
     settings = tiny(env_id="CartPole-v1", run_dir=str(tmp_path), total_timesteps=10**6)
     process = start(*flags(settings))
     path = wait_for_steps(tmp_path, process)
-    out, err = start("--resume", str(path.parent)).communicate()
+    out, err = start("--resume", str(path.parent)).communicate(timeout=60)
     assert err.startswith("dreamer_v3.py: error: ") and "in use by another process" in err
     process.terminate()
     process.communicate()
