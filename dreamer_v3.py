@@ -122,7 +122,7 @@ class Args:
     async_envs: bool = False
 
     buffer_size: int = 5_000_000  # Capacity of the replay in steps.
-    # Keep the replay in files of the run's folder, which grow as it fills; otherwise in memory.
+    # Keep the replay in a file of the run's folder, which grows as it fills; otherwise in memory.
     save_replay: bool = True
     batch_size: int = 16  # Sequences in a batch (B).
     batch_length: int = 64  # Steps in a sequence (T); one more before them serves as context.
@@ -1242,14 +1242,14 @@ class Replay:
     def grow(self, rows):
         """Make the file long enough for this many steps, and map it. Raises UserError."""
         size = rows * self.entry.itemsize
+        before = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:
-                before = file.tell()
                 # Zeros, and not a hole: a full disk must fail here, where it can be caught.
                 for start in range(before, size, 2**24):
                     file.write(bytes(min(2**24, size - start)))
         except OSError as error:
-            with contextlib.suppress(OSError, NameError):
+            with contextlib.suppress(OSError):
                 os.truncate(self.path, before)  # room for a checkpoint
             raise UserError(f"cannot grow the replay {self.path}: {error}") from error
         self.data = np.memmap(self.path, self.entry, "r+", shape=(rows,))
@@ -1407,13 +1407,9 @@ class Guard(gym.Wrapper):
                     raise ValueError(f"{name} is {value.dtype}, its space {space.dtype}")
                 if discrete_classes(space) and not space.contains(value):
                     raise ValueError(f"{name} is {value}, not in {space}")
-            if len(rest) != 1:
+            if len(rest) != 1:  # not of reset
                 reward, terminated, truncated, _ = rest
-                if (
-                    np.shape(reward)
-                    or not math.isfinite(reward)
-                    or not {terminated, truncated} <= {0, 1}
-                ):
+                if np.shape(reward) or not {terminated, truncated} <= {0, 1}:
                     raise ValueError(f"reward {reward}, ends {terminated} and {truncated}")
             return result
         except (Exception, SystemExit) as error:
@@ -1734,7 +1730,7 @@ class Trainer:
         sizes = -(-steps // n), n, self.envs.spaces, self.agent.model.rssm, args
         self.replay = Replay(*sizes, replay_path)
         if device.type == "cpu":
-            keep_freed_memory()  # from here on: what the replay will fill, nobody has touched yet
+            keep_freed_memory()  # not before: the zeros of a replay in memory are to stay untouched
         self.step = self.updates = self.evaluated = 0  # steps, updates, step of the last evaluation
         self.updates_per_step = args.train_ratio / (args.batch_size * args.batch_length)
         self.credit = float(self.updates_per_step > 0)  # updates owed; the first one at once
@@ -2114,7 +2110,7 @@ def main(args, stop=()):
         return benchmark(args, device, dtype)
     if args.capture_video:  # fail now rather than at the first evaluation
         with tempfile.TemporaryDirectory() as folder:
-            Environments(args, 1, args.seed, video=folder).envs.close()
+            Environments(args, 1, args.seed, video=folder).close()
 
     checkpoint = None
     if args.resume:
@@ -2150,7 +2146,7 @@ def main(args, stop=()):
     describe(trainer, folder, dtype)
 
     agent, returns = trainer.agent, None
-    due = lambda every: every and step // every > (step - args.num_envs) // every
+    due = lambda every: every and step // every > max(0, step - args.num_envs) // every
     try:
         while not stop:
             step, updates = trainer.step, trainer.updates
