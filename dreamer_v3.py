@@ -49,10 +49,12 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
 import warnings
+import zlib
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -115,7 +117,9 @@ class Args:
     env_id: str = "ALE/MsPacman-v5"
     # Options of the environment, a JSON object: '{"repeat_action_probability": 0.0}'.
     env_kwargs: str = "{}"
-    # Agent decisions to train for, over all environments, resets included; Atari: 4 frames each.
+    # Environment steps that each action lasts, their rewards added up; Atari has its own 4 frames.
+    action_repeat: int = 1
+    # Agent decisions to train for, over all environments, resets included.
     total_timesteps: int = 100_000
     num_envs: int = 1  # Environments stepped together.
     # Step each environment in a process of its own (Atari always runs in threads of ale-py).
@@ -134,6 +138,8 @@ class Args:
     eval_sample: bool = False  # Evaluate with sampled actions instead of the most likely ones.
     log_every: int = 1_000  # Environment steps between two lines of training metrics.
     save_every: int = 10_000  # Environment steps between checkpoints.
+    # Environment steps between looks at what the model foresees (folder `dreams`); 0: never.
+    report_every: int = 10_000
 
     # Network size: a row of the paper's table. The next five flags change one number of it.
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
@@ -298,6 +304,10 @@ class Categoricals:
         """(...)."""
         return sum(-(x.exp() * x).sum(-1) for x in self.log_probs)
 
+    def entropy_limits(self):
+        """Of a certain and of a uniform policy."""
+        return 0.0, sum(map(math.log, self.classes))
+
 
 class BoundedNormals:
     """Policy of continuous actions: normals with mean in [-1, 1], deviation in [0.1, 1]. [D25]
@@ -321,6 +331,11 @@ class BoundedNormals:
     def entropy(self):
         """(...)."""
         return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+    def entropy_limits(self):
+        """At the smallest and at the largest deviation."""
+        unit = 0.5 * math.log(2 * math.pi * math.e)
+        return tuple(self.std.shape[-1] * (math.log(std) + unit) for std in (0.1, 1.0))
 
 
 def normal_noise(like):
@@ -567,6 +582,24 @@ class Decoder(nn.Module):
                 x = norm(conv(x))
             recon["image"] = torch.sigmoid(f32(self.image_out(x))).unflatten(0, deter.shape[:2])
         return recon
+
+    def truth_and_prediction(self, recon, obs):
+        """The two in the observation's own units, for people: dict of pairs (B, T, ...), float32.
+
+        Images are in [0, 1]; discrete vectors are one-hots beside probabilities.
+        """
+        pairs = {}
+        if self.spaces.vectors:
+            parts = obs["vector"].split([width for _, width, _ in self.spaces.vectors], -1)
+            for (name, _, classes), truth in zip(self.spaces.vectors, parts, strict=True):
+                if classes:
+                    log_probs = Categoricals(recon[name], classes, unimix=0).log_probs
+                    pairs[name] = truth, torch.cat(log_probs, -1).exp()
+                else:
+                    pairs[name] = truth, symexp(recon[name])
+        if self.spaces.channels:
+            pairs["image"] = obs["image"] / 255, recon["image"]
+        return pairs
 
     def losses(self, recon, obs):
         """Negative log-likelihoods up to constants, for every observation: dict of (B, T).
@@ -842,12 +875,16 @@ def world_model_loss(model, batch, args):
     # distributions, summed over the latent variables and only then clipped, step by step. [D5]
     post = mixed_log_probs(post_logits, args.unimix)
     prior = mixed_log_probs(model.rssm.prior(deter), args.unimix)
-    losses["dyn"] = categorical_kl(post.detach(), prior).clamp(min=args.free_nats)
+    kl = categorical_kl(post.detach(), prior)
+    losses["dyn"] = kl.clamp(min=args.free_nats)
     losses["rep"] = categorical_kl(post, prior.detach()).clamp(min=args.free_nats)
     assert all(loss.shape == deter.shape[:2] for loss in losses.values())
+    share_of_maximum = lambda p: -(p.exp() * p).sum(-1).mean() / math.log(p.shape[-1])
     metrics = {
-        "latents/posterior_entropy": -(post.exp() * post).sum((-2, -1)).mean(),
-        "latents/prior_entropy": -(prior.exp() * prior).sum((-2, -1)).mean(),
+        "latents/kl": kl.mean(),
+        "latents/free_share": (kl < args.free_nats).to(kl.dtype).mean(),
+        "latents/posterior_entropy": share_of_maximum(post),
+        "latents/prior_entropy": share_of_maximum(prior),
     }
     return losses, deter, stoch, metrics
 
@@ -921,6 +958,7 @@ def actor_critic_loss(model, feat, action, args):
         percentiles = torch.stack([torch.quantile(returns, q) for q in (0.05, 0.95)])
         model.return_range.lerp_(percentiles, args.return_rate)
         return_scale = (model.return_range[1] - model.return_range[0]).clamp(min=1)
+        normed_return = (returns - model.return_range[0]) / return_scale
         advantage = (returns - value[:, :-1]) / return_scale
 
     policy = model.actor(feat[:, :-1])
@@ -930,17 +968,23 @@ def actor_critic_loss(model, feat, action, args):
     critic = critic_loss(logits[:, :-1], slow_value[:, :-1], returns, model, args)
     critic = weight[:, :-1] * critic
     assert actor.shape == critic.shape == returns.shape
+    least, most = policy.entropy_limits()
     metrics = {
         "behaviour/return": returns.mean(),
+        "behaviour/return_low": model.return_range[0].clone(),
+        "behaviour/return_high": model.return_range[1].clone(),
         "behaviour/value": value.mean(),
         "behaviour/slow_value": slow_value.mean(),
         "behaviour/reward": reward.mean(),
         "behaviour/cont": cont.mean(),
         "behaviour/weight": weight.mean(),
         "behaviour/return_scale": return_scale,
+        "behaviour/normed_return": normed_return.mean(),
+        "behaviour/normed_return_min": normed_return.min(),
+        "behaviour/normed_return_max": normed_return.max(),
         "behaviour/advantage": advantage.mean(),
         "behaviour/advantage_std": advantage.std(correction=0),
-        "behaviour/policy_entropy": entropy.mean(),
+        "behaviour/policy_entropy": (entropy.mean() - least) / (most - least),
     }
     return {"actor": actor, "critic": critic}, returns, metrics
 
@@ -973,11 +1017,14 @@ class LaProp:
 
     lr rises linearly from exactly 0 at the first update. Adam would average g before the division.
     `params` compute the gradients; `exact`, the same tensors or float32 originals of rounded ones,
-    are updated.
+    are updated. `owners` names the module that each belongs to, for the metrics.
     """
 
-    def __init__(self, params, exact, args):
+    def __init__(self, owners, params, exact, args):
         self.params, self.exact, self.args = params, [p.detach() for p in exact], args
+        self.modules = list(dict.fromkeys(owners))
+        member = [[float(owner == module) for owner in owners] for module in self.modules]
+        self.member = self.exact[0].new_tensor(member)  # (modules, tensors)
         self.nu = [torch.zeros_like(p) for p in self.exact]
         self.mu = [torch.zeros_like(p) for p in self.exact]
         self.updates = self.exact[0].new_zeros(())
@@ -1005,8 +1052,13 @@ class LaProp:
         torch._foreach_sub_(self.exact, step)
         for p in self.params:
             p.grad = None
-        clipped = (norms > limits).to(norms.dtype).mean()
-        return {"losses/grad_norm": norms.norm(), "losses/grad_clipped": clipped, "charts/lr": lr}
+        clipped = (norms > limits).to(norms.dtype)
+        metrics = {"losses/grad_norm": norms.norm(), "losses/grad_clipped": clipped.mean()}
+        module_norms = (self.member @ norms.square()).sqrt()
+        module_clipped = self.member @ clipped / self.member.sum(1)
+        for name, norm, share in zip(self.modules, module_norms, module_clipped, strict=True):
+            metrics |= {f"grad_norm/{name}": norm, f"grad_clipped/{name}": share}
+        return metrics | {"charts/lr": lr}
 
 
 # ---- 10. Agent -----------------------------------------------------------------------------------
@@ -1081,7 +1133,9 @@ class Agent:
             model.decoder.forward = self.fuse(model.decoder.forward)
             rssm.observe_step = self.fuse(rssm.observe_step)
             model.imagine_step = self.fuse(model.imagine_step)
-        trained = [(p, x) for p, x in self.pairs() if p.requires_grad]
+        owners = [name.split(".")[0] for name, _ in self.exact.named_parameters()]
+        named = zip(owners, self.pairs(), strict=True)
+        trained = [(owner, p, x) for owner, (p, x) in named if p.requires_grad]
         self.optimizer = LaProp(*zip(*trained, strict=True), args)
         if args.compile and self.device.type == "cuda":
             self.act, self.train_step = CudaGraph(self.act), CudaGraph(self.train_step)
@@ -1162,14 +1216,18 @@ class Agent:
         start the sequence [D21]. Returns the metrics and what the replay stores for the T steps:
         deter (B, T, D) float16 and the classes of stoch (B, T, S) uint8.
         """
+        metrics, deter, stoch = self.update(self.after_context(batch))
+        return metrics, deter.half(), stoch.argmax(-1).to(torch.uint8)
+
+    def after_context(self, batch):
+        """T+1 steps as in `train_step` -> the T steps that `loss` wants."""
         flags = ("reward", "is_first", "is_last", "is_terminal")
         steps = {key: batch[key][:, 1:] for key in flags}
         steps["obs"] = {key: batch[key][:, 1:] for key in ("image", "vector") if key in batch}
         steps["prev_action"] = batch["action"][:, :-1]
         steps["deter"] = batch["deter"].to(self.model.bins.dtype)
         steps["stoch"] = one_hot(batch["stoch"], self.model.rssm.stoch_shape[1])
-        metrics, deter, stoch = self.update(steps)
-        return metrics, deter.half(), stoch.argmax(-1).to(torch.uint8)
+        return steps
 
     def state_dict(self):
         """Everything that learns, as a dict of dicts of tensors (float32)."""
@@ -1276,8 +1334,15 @@ class Replay:
             env, start = self.fresh.popleft()
             if start >= self.oldest:
                 starts.append((env, start))
-        for index in self.rng.integers(len(self), size=self.batch_size - len(starts)):
-            starts.append((index % self.num_envs, self.oldest + index // self.num_envs))
+        return self.read(starts + self.uniform(self.rng, self.batch_size - len(starts)))
+
+    def uniform(self, rng, count):
+        """Start positions [(env, first step)], each one equally likely."""
+        indices = rng.integers(len(self), size=count)
+        return [(i % self.num_envs, self.oldest + i // self.num_envs) for i in indices]
+
+    def read(self, starts):
+        """The sequences that begin there, as `sample` gives them."""
         envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
         place = (first + np.arange(self.window)) % self.length, envs
         latents = ("deter", "stoch")
@@ -1357,14 +1422,17 @@ def make_envs(args, num_envs, video=None):
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)  # `Guard` checks
         if video:
             env = gym.wrappers.RecordVideo(env, str(video), lambda episode: True)
-        return Guard(env, index)
+        return Guard(
+            ActionRepeat(env, args.action_repeat) if args.action_repeat > 1 else env, index
+        )
 
     try:
         module, _, name = args.env_id.rpartition(":")
         if module:
             importlib.import_module(module)
         own_vector = getattr(gym.registry.get(name), "vector_entry_point", None)
-        if own_vector and not video and (atari or not args.async_envs):
+        single = args.async_envs or args.action_repeat > 1
+        if own_vector and not video and (atari or not single):
             envs = gym.make_vec(args.env_id, num_envs, **kwargs)
         else:
             vector = gym.vector.SyncVectorEnv
@@ -1377,6 +1445,24 @@ def make_envs(args, num_envs, video=None):
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"{args.env_id} does not reset in NEXT_STEP mode: try --async-envs")
     return envs
+
+
+class ActionRepeat(gym.Wrapper):
+    """Takes each action `repeat` times, or until the episode ends; the rewards are added up."""
+
+    def __init__(self, env, repeat):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action):
+        """As gymnasium.Env.step."""
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
 
 
 class Guard(gym.Wrapper):
@@ -1639,7 +1725,7 @@ class Logger:
         self.began = time.time() - (lines[-1]["time"] if lines else 0)
         # (time, step, updates) of the last status lines
         self.marks = deque([(time.time(), step, updates)], maxlen=20)
-        self.returns, self.rate = deque(maxlen=20), 0.0
+        self.returns, self.rates = deque(maxlen=20), (0.0, 0.0)  # steps, updates a second
 
     def write(self, step, metrics):
         """One line of scalars: dict of name -> number or 0-d tensor."""
@@ -1651,6 +1737,21 @@ class Logger:
                 self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
+
+    def report(self, step, metrics, files):
+        """What `report` found: metrics, and files to look at."""
+        self.write(step, metrics)
+        self.show(f"step {step:,}  what the model foresees: {', '.join(map(str, files))}")
+        for path in files:
+            name, kind = f"dreams/{path.suffix[1:]}", path.suffix
+            if self.tensorboard and kind in (".png", ".gif"):
+                summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
+                image = summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
+                value = summary.Value(tag=name, image=image)
+                self.tensorboard.file_writer.add_summary(summary(value=[value]), step)
+            if self.wandb and kind in (".png", ".gif"):
+                show = self.wandb.Image if kind == ".png" else self.wandb.Video
+                self.wandb.log({name: show(str(path))}, step=step)
 
     def episode(self, step, episode_return, length):
         """A finished training episode: raw return, length in agent steps."""
@@ -1665,11 +1766,11 @@ class Logger:
             return
         self.marks.append((now, step, updates))
         seconds, steps, trained = np.subtract(self.marks[-1], self.marks[0])
-        self.rate = steps / seconds
-        text = f"step {step:,}/{self.total:,}  {self.rate:.1f} steps/s  "
-        text += f"{trained / seconds:.2f} updates/s  "
+        self.rates = steps / seconds, trained / seconds
+        text = f"step {step:,}/{self.total:,}  {self.rates[0]:.1f} steps/s  "
+        text += f"{self.rates[1]:.2f} updates/s  "
         if trained:  # before the first updates, the speed says nothing
-            left = (self.total - step) / self.rate
+            left = (self.total - step) / self.rates[0]
             text += f"{datetime.timedelta(seconds=int(left))} left  "
         if self.returns:
             text += f"return {self.returns[-1]:.1f}, mean {np.mean(self.returns):.1f}"
@@ -1709,6 +1810,17 @@ def keep_freed_memory():
         mmap_max, trim_threshold = -4, -1  # names of glibc's malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
+
+
+def peak_memory(device):
+    """The most memory taken so far, on the GPU or in this process: GB; 0 where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    with contextlib.suppress(ImportError):  # which Windows does not have
+        resource = importlib.import_module("resource")
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return 0.0
 
 
 COUNTERS = ("step", "updates", "credit", "evaluated")
@@ -1800,6 +1912,16 @@ class Trainer:
             self.replay.write_latents(place, *(x.cpu().numpy() for x in latents))
             self.pending = None
 
+    def usage(self):
+        """What the run takes: updates, share and size of the filled replay, peak memory."""
+        rows = min(self.replay.steps, self.replay.length)
+        return {
+            "charts/updates": self.updates,
+            "charts/replay_fill": rows / self.replay.length,
+            "charts/replay_gb": rows * self.replay.entry.itemsize / 1e9,
+            "charts/memory_gb": peak_memory(self.agent.device),
+        }
+
     def state_dict(self):
         """All that a resumed run needs beside the replay's file. Raises UserError, see above."""
         self.write_latents()
@@ -1867,6 +1989,133 @@ def summary(returns):
     return f"{text}, {len(returns)} episodes"
 
 
+@torch.compiler.set_stance("force_eager")  # too rare to be worth compiling
+@torch.no_grad()
+def open_loop(model, steps, seen):
+    """What the model foresees of T replayed steps of which it sees the first `seen`.
+
+    From then on the prior takes the posterior's place, with the recorded actions. steps as in
+    `Agent.loss`. Returns name -> (truth, prediction), (B, T, ...) each, of every observation and
+    the reward, and the posterior features of all steps (B, T, F).
+    """
+    actions, is_first = steps["prev_action"], steps["is_first"]
+    embed = model.encoder(steps["obs"])
+    deter, stoch, _ = model.rssm.observe(embed, actions, is_first, steps["deter"], steps["stoch"])
+    states, weights = list(zip(deter.unbind(1), stoch.unbind(1))), model.rssm.weights()
+    del states[seen:]
+    for t in range(seen, actions.shape[1]):
+        states.append(model.rssm.imagine_step(*states[-1], actions[:, t], weights))
+    foreseen = [torch.stack(x, 1) for x in zip(*states, strict=True)]
+    pairs = model.decoder.truth_and_prediction(model.decoder(*foreseen), steps["obs"])
+    reward = twohot_mean(model.reward(model.rssm.feat(*foreseen)), model.bins)
+    return pairs | {"reward": (steps["reward"], reward)}, model.rssm.feat(deter, stoch)
+
+
+@torch.no_grad()
+def critic_calibration(model, feat, steps, args):
+    """The critic's values against the returns of the replayed rewards: metrics.
+
+    feat (B, T, F); the returns end with the critic's own value at the end of a sequence.
+    """
+    value = twohot_mean(model.critic(feat), model.bins)
+    last = steps["is_last"].to(value.dtype)
+    cont = (1 - steps["is_terminal"].to(value.dtype)) * args.gamma
+    returns = lambda_return(steps["reward"], value, cont, last, 1.0)
+    counts = last[:, :-1] == 0  # the last step of an episode has no return of its own
+    value, returns = value[:, :-1][counts], returns[counts]
+    correlation = torch.corrcoef(torch.stack([value, returns]))[0, 1]
+    return {
+        "report/critic_predicted": value.mean(),
+        "report/critic_realised": returns.mean(),
+        "report/critic_error": (value - returns).square().mean().sqrt(),
+        "report/critic_correlation": correlation.nan_to_num(0.0),  # of what does not vary
+    }
+
+
+def report(trainer, path):
+    """Look inside: open-loop prediction and critic, on sequences drawn from the replay.
+
+    Writes a table of errors to the `path`, vectors and rewards as arrays beside it (.npz), and of
+    images a film strip (.png) and, if Pillow is installed, a film (.gif). Returns metrics, and the
+    files for people.
+    """
+    args, agent, replay = trainer.args, trainer.agent, trainer.replay
+    rng = np.random.default_rng([args.seed, trainer.step])
+    batch, place = replay.read(replay.uniform(rng, args.batch_size))
+    steps = agent.after_context(to_device(batch | replay.read_latents(place), agent.device))
+    seen, cuda = args.batch_length // 2, agent.device.type == "cuda"
+    with torch.random.fork_rng([agent.device] if cuda else []):  # the run goes on undisturbed
+        pairs, feat = open_loop(agent.model, steps, seen)
+    metrics = critic_calibration(agent.model, feat, steps, args)
+    pairs = {name: [x.float().cpu().numpy() for x in pair] for name, pair in pairs.items()}
+    path.parent.mkdir(exist_ok=True)
+
+    # Nobody can foresee the next episode: what comes after its beginning does not count.
+    unforeseeable = batch["is_first"][:, 1 + seen :].cumsum(1) > 0  # (B, T - seen)
+    ahead = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= args.batch_length - seen]
+    table = [["key", "spread", *map(str, ahead)]]
+    for name, (truth, prediction) in pairs.items():
+        error = np.abs(prediction - truth)[:, seen:].reshape(*unforeseeable.shape, -1).mean(-1)
+        error = np.ma.masked_array(error, unforeseeable)
+        by_step = error.mean(0).filled(np.nan)
+        spread = truth.reshape(-1, *truth.shape[2:]).std(0).mean()
+        table.append([name, *(f"{x:.4g}" for x in (spread, *by_step[np.subtract(ahead, 1)]))])
+        metrics[f"report/error_{name}"] = np.ma.filled(error.mean(), 0.0)
+    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
+    lines = ["".join(map(str.ljust, row, widths)).rstrip() for row in table]
+    lines += ["", f"Mean absolute error, 1, 2, 4 ... steps after the last of {seen} seen ones, of"]
+    lines += [f"{args.batch_size} sequences at step {trainer.step:,}; spread: standard deviation."]
+    path.write_text("\n".join(lines) + "\n")
+    arrays = {f"{name}/truth": truth for name, (truth, _) in pairs.items() if name != "image"}
+    arrays |= {f"{name}/prediction": x for name, (_, x) in pairs.items() if name != "image"}
+    np.savez(path.with_suffix(".npz"), seen=seen, unforeseeable=unforeseeable, **arrays)
+    files = film(*pairs["image"], seen, path) if "image" in pairs else []
+    return metrics, [path, *files]
+
+
+def film(truth, prediction, seen, path, count=4, columns=16):
+    """Write images (B, T, h, w, C) in [0, 1] as a strip of some steps and a film of all.
+
+    Truth, prediction and error stand below each other, framed green while the model sees and red
+    when it dreams. Of several joined images or frames, the last is shown. Returns the paths.
+    """
+    channels = 1 if truth.shape[-1] % 3 else 3
+    video = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)[:count]
+    video = np.rint(255 * video[..., -channels:])  # (count, 3, T, h, w, channels)
+    frames = np.empty((*video.shape[:3], IMAGE_SIZE + 4, IMAGE_SIZE + 4, 3), np.uint8)
+    frames[:, :, :seen], frames[:, :, seen:] = (0, 160, 0), (220, 40, 0)
+    frames[..., 2:-2, 2:-2, :] = video
+    chosen = np.linspace(0, frames.shape[2] - 1, min(columns, frames.shape[2])).round().astype(int)
+    strip = frames[:, :, chosen].transpose(0, 1, 3, 2, 4, 5)  # (count, 3, h, columns, w, 3)
+    strip = strip.reshape(strip.shape[0] * 3 * strip.shape[2], -1, 3)
+    path.with_suffix(".png").write_bytes(png(strip))
+    written = [path.with_suffix(".png")]
+    with contextlib.suppress(ImportError):
+        image = importlib.import_module("PIL.Image")
+        stills = frames.transpose(2, 1, 3, 0, 4, 5)  # (T, 3, h, count, w, 3)
+        stills = stills.reshape(len(stills), 3 * stills.shape[2], -1, 3)
+        first, *rest = map(image.fromarray, stills)
+        first.save(path.with_suffix(".gif"), append_images=rest, save_all=True, loop=0)
+        written.append(path.with_suffix(".gif"))
+    return written
+
+
+def png(image):
+    """The bytes of a PNG file of an image (h, w, 3) uint8."""
+    h, w, _ = image.shape
+    rows = np.concatenate([np.zeros((h, 1), np.uint8), image.reshape(h, -1)], 1)  # 0: no filter
+
+    def chunk(kind, data):
+        """Length, kind, data, check sum."""
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)  # 8 bits each of red, green and blue
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*x) for x in chunks)
+
+
 def save_checkpoint(path, trainer):
     """Write what `load_checkpoint` needs. Raises UserError, and leaves what was there.
 
@@ -1932,9 +2181,11 @@ def evaluate_checkpoint(args, device, dtype):
 def check_args(args):
     """Raise UserError for numbers that cannot work, alone or together."""
     huge = 2**62  # not infinity, which is no number to compute with
-    at_least_1 = "total_timesteps num_envs batch_size log_every save_every stoch blocks"
+    at_least_1 = (
+        "action_repeat total_timesteps num_envs batch_size log_every save_every stoch blocks"
+    )
     at_least_0 = """
-        eval_every eval_episodes train_ratio free_nats beta_pred beta_dyn beta_rep ent_coef beta_val
+        eval_every eval_episodes report_every train_ratio free_nats beta_pred beta_dyn beta_rep ent_coef beta_val
         beta_repval slow_reg learning_rate warmup_updates agc_clip
     """
     shares = "gamma return_lambda unimix actor_unimix tau return_rate"
@@ -1949,6 +2200,10 @@ def check_args(args):
             text = f"a number of at least {least}" if most == huge else f"in [{least}, {most}]"
             flag, value = name.replace("_", "-"), getattr(args, name)
             raise UserError(f"--{flag} must be {text}, not {value}")
+    if args.action_repeat > 1 and args.env_id.split(":")[-1].startswith("ALE/"):
+        raise UserError(
+            "--action-repeat: Atari has frames of its own, --env-kwargs '{\"frameskip\": 4}'"
+        )
     net = args.network()
     if min(net.values()) < 1:
         name = min(net, key=net.get)
@@ -2050,11 +2305,7 @@ def benchmark(args, device, dtype):
     steps = measure(
         lambda: [trainer.collect_and_train() for _ in range(cycle)], 2, BENCHMARK_SECONDS / 3
     )
-    if cuda:
-        memory = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        resource = importlib.import_module("resource")  # not on Windows
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    memory = peak_memory(device) * 1e9 / 2**20
     matrix = torch.randn(8192 if cuda else 2048, 8192 if cuda else 2048, device=device).to(dtype)
     peak = 2 * len(matrix) ** 3 / measure(lambda: matrix @ matrix, 20, 0).min()  # FLOP a ms
     batch, place = replay.sample()
@@ -2084,7 +2335,8 @@ def benchmark(args, device, dtype):
 
 # What --resume takes from the command line; everything else stays as the run had it.
 FREE_TO_CHANGE = """
-    resume total_timesteps eval_every eval_episodes eval_sample log_every save_every capture_video
+    resume total_timesteps eval_every eval_episodes eval_sample log_every save_every report_every
+    capture_video
     track wandb_project_name wandb_entity cuda dtype compile torch_deterministic async_envs run_dir
 """.split()
 
@@ -2173,8 +2425,12 @@ def main(args, stop=()):
                 logger.show(f"environment {env}: no end of an episode in {LONGEST_EPISODE:,} steps")
             logger.status(step, updates)
             if updates and due(args.log_every):
-                speed = {"charts/updates": updates, "charts/SPS": logger.rate}
-                logger.write(step, trainer.metrics | speed)
+                speed = {"charts/SPS": logger.rates[0], "charts/UPS": logger.rates[1]}
+                logger.write(step, trainer.metrics | trainer.usage() | speed)
+            final = args.report_every and step >= args.total_timesteps
+            if updates and len(trainer.replay) and (final or due(args.report_every)):
+                metrics, files = report(trainer, folder / f"dreams/step_{step}.txt")
+                logger.report(step, metrics, files)
     finally:
         try:
             save_checkpoint(folder / "checkpoint.pt", trainer)

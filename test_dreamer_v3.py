@@ -650,7 +650,7 @@ def check_optimizer():
         rng.normal(size=(12, *x.shape)) * s for x, s in zip(starts, (1.0, 0.01, 1.0), strict=True)
     ]
     params = [torch.nn.Parameter(torch.tensor(x)) for x in starts]
-    optimizer = dreamer_v3.LaProp(params, params, args)
+    optimizer = dreamer_v3.LaProp(["net"] * len(params), params, params, args)
     references = zip(
         *(ref_laprop(x, g, args) for x, g in zip(starts, grads, strict=True)), strict=True
     )
@@ -1267,6 +1267,9 @@ def test_every_argument_is_read():
     assert {field.name for field in fields(Args)} <= read | sizes
 
 
+MACHINE = ("time", "charts/SPS", "charts/UPS", "charts/memory_gb")  # not of the algorithm
+
+
 def run_metrics(tmp_path, seed):
     """The metrics of a short run without times."""
     args = tiny(
@@ -1281,7 +1284,7 @@ def run_metrics(tmp_path, seed):
     (path,) = tmp_path.glob("*/metrics.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) > 5 and any("losses/total" in line for line in lines)
-    return [{k: v for k, v in line.items() if k not in ("time", "charts/SPS")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines]
 
 
 def test_equal_seeds_give_equal_runs(tmp_path):
@@ -1796,6 +1799,9 @@ ERRORS = {
     "huge seed": ("--seed", "+ --seed 99999999999"),
     "never saved": ("--save-every", "+ --save-every 0"),
     "negative interval": ("--eval-every", "+ --eval-every -5"),
+    "negative report interval": ("--report-every", "+ --report-every -1"),
+    "no repeat": ("--action-repeat", "+ --action-repeat 0"),
+    "repeat in Atari": ("frameskip", "--env-id ALE/Pong-v5 --action-repeat 2"),
     "unknown size": ("13m", "--size 13m"),
     "unknown type": ("float16", "--dtype float16"),
     "unknown flag": ("--no-such-flag", "--no-such-flag 1"),
@@ -3018,6 +3024,367 @@ def test_memory(tmp_path):
     assert np.mean(resident[-tenth:]) < np.mean(resident[tenth : 2 * tenth]) * 1.02 + 2
 
 
+# ---- K. Looking inside a run ---------------------------------------------------------------------
+
+
+def foreseen(agent, steps, seen):
+    """`open_loop` from one seed: name -> prediction."""
+    torch.manual_seed(3)
+    pairs, feat = dreamer_v3.open_loop(agent.model, steps, seen)
+    assert feat.shape[:2] == steps["reward"].shape
+    return {name: prediction for name, (_, prediction) in pairs.items()}
+
+
+@in_float64
+def check_open_loop():
+    """Group K: what comes after the seen steps changes no prediction, the actions change it."""
+    agent, seen, length = make_agent(MIXED), 3, 7
+    for p in agent.model.parameters():  # heads that start at zero would hide everything
+        p.data.add_(0.05 * torch.randn_like(p))
+    steps = make_batch(MIXED, agent.args, 2, length)
+    steps["is_first"][:] = False
+    before = foreseen(agent, steps, seen)
+    assert before.keys() == {name for name, _, _ in MIXED.vectors} | {"image", "reward"}
+    other = make_batch(MIXED, agent.args, 2, length)
+    unseen = {
+        k: torch.cat([x[:, :seen], other["obs"][k][:, seen:]], 1) for k, x in steps["obs"].items()
+    }
+    after = foreseen(agent, steps | {"obs": unseen}, seen)
+    assert all(torch.equal(before[name], x) for name, x in after.items())
+    action = steps["prev_action"].clone()
+    action[:, 4:] = action[:, 4:].roll(1, -1)  # leads to step 4
+    after = foreseen(agent, steps | {"prev_action": action}, seen)
+    for name, x in after.items():
+        assert torch.equal(before[name][:, :4], x[:, :4])
+        assert not torch.equal(before[name][:, 4:], x[:, 4:])
+    # While it sees, and when it sees all: the reconstruction of the posterior.
+    torch.manual_seed(3)
+    agent.model.requires_grad_(False)
+    embed = agent.model.encoder(steps["obs"])
+    keys = ("prev_action", "is_first", "deter", "stoch")
+    deter, stoch, _ = agent.model.rssm.observe(embed, *(steps[key] for key in keys))
+    recon = agent.model.decoder(deter, stoch)
+    close(before["image"][:, :seen], recon["image"][:, :seen])
+    close(foreseen(agent, steps, length)["image"], recon["image"])
+    # From the last seen state on: the prior, step by step.
+    torch.manual_seed(3)
+    agent.model.rssm.observe(embed, *(steps[key] for key in keys))
+    state = deter[:, seen - 1], stoch[:, seen - 1]
+    weights = agent.model.rssm.weights()
+    for t in range(seen, length):
+        state = agent.model.rssm.imagine_step(*state, steps["prev_action"][:, t], weights)
+        feat = agent.model.rssm.feat(*state)
+        reward = dreamer_v3.twohot_mean(agent.model.reward(feat), agent.model.bins)
+        close(before["reward"][:, t], reward)
+
+
+def test_open_loop():
+    """Group K."""
+    check_open_loop()
+
+
+@in_float64
+def test_truth_and_prediction():
+    """Group K: both are in the observation's own units, and the loss is zero where they agree."""
+    agent = make_agent(MIXED)
+    steps = make_batch(MIXED, agent.args)
+    recon, start = {}, 0
+    for name, width, classes in MIXED.vectors:
+        x = steps["obs"]["vector"][..., start : start + width]
+        recon[name], start = 40 * x if classes else dreamer_v3.symlog(x), start + width
+    recon["image"] = steps["obs"]["image"] / 255
+    pairs = agent.model.decoder.truth_and_prediction(recon, steps["obs"])
+    assert pairs.keys() == recon.keys() and len({len(c) > 0 for _, _, c in MIXED.vectors}) == 2
+    for truth, prediction in pairs.values():
+        close(prediction, truth, rtol=1e-12, atol=1e-12)
+    losses = agent.model.decoder.losses(recon, steps["obs"])
+    assert all(loss.abs().max() < 1e-12 for loss in losses.values())
+
+
+@in_float64
+def check_calibration():
+    """Group K: values against returns by explicit loops, over whole episodes and cut ones."""
+    agent = make_agent(VECTOR)
+    for p in agent.model.critic.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    steps = make_batch(VECTOR, agent.args, 4, 9)
+    steps["is_last"] |= steps["is_terminal"]
+    feat = torch.randn(4, 9, agent.args.deter + agent.args.stoch * agent.args.classes)
+    metrics = dreamer_v3.critic_calibration(agent.model, feat, steps, agent.args)
+    values = dreamer_v3.twohot_mean(agent.model.critic(feat), agent.model.bins)
+    pairs = []
+    for b, t in itertools.product(range(4), range(8)):
+        if steps["is_last"][b, t]:
+            continue
+        total, discount = 0.0, 1.0
+        for k in range(t + 1, 9):
+            total += discount * steps["reward"][b, k].item()
+            discount *= agent.args.gamma * (1 - steps["is_terminal"][b, k].item())
+            if steps["is_last"][b, k] or k == 8:
+                total += discount * values[b, k].item()
+                break
+        pairs.append((values[b, t].item(), total))
+    predicted, realised = np.array(pairs).T
+    assert 5 < len(pairs) < 32
+    expected = {
+        "predicted": predicted.mean(),
+        "realised": realised.mean(),
+        "error": np.sqrt(((predicted - realised) ** 2).mean()),
+        "correlation": np.corrcoef(predicted, realised)[0, 1],
+    }
+    for name, x in expected.items():
+        close(metrics[f"report/critic_{name}"], x, rtol=1e-9, atol=1e-9)
+
+
+def test_critic_calibration():
+    """Group K."""
+    check_calibration()
+
+
+def read_png(data):
+    """A PNG file of 8-bit RGB without filters -> (h, w, 3), by its specification."""
+    assert data[:8] == bytes([137, 80, 78, 71, 13, 10, 26, 10])
+    chunks, at = [], 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        kind, content = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        assert int.from_bytes(data[at + 8 + size : at + 12 + size], "big") == zlib.crc32(
+            kind + content
+        )
+        chunks.append((kind, content))
+        at += 12 + size
+    assert [kind for kind, _ in chunks] == [b"IHDR", b"IDAT", b"IEND"]
+    header, pixels, _ = (content for _, content in chunks)
+    width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
+    assert header[8:] == bytes([8, 2, 0, 0, 0])
+    rows = np.frombuffer(zlib.decompress(pixels), np.uint8).reshape(height, 1 + 3 * width)
+    assert not rows[:, 0].any()
+    return rows[:, 1:].reshape(height, width, 3)
+
+
+def test_png():
+    """Group K: a decoder written from the PNG specification reads what was written."""
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert np.array_equal(read_png(dreamer_v3.png(image)), image)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 6])
+def test_film(channels, tmp_path, monkeypatch):
+    """Group K: truth, prediction and error stand where they should; the GIF has every step."""
+    pillow, saved = types.ModuleType("PIL.Image"), []
+    pillow.fromarray = lambda x: SimpleNamespace(
+        x=x,
+        save=lambda path, append_images, **_: saved.append(
+            (path, [x, *[y.x for y in append_images]])
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "PIL", types.ModuleType("PIL"))
+    monkeypatch.setitem(sys.modules, "PIL.Image", pillow)
+    truth, prediction = np.random.default_rng(0).random((2, 3, 6, 64, 64, channels))
+    files = dreamer_v3.film(truth, prediction, 2, tmp_path / "step_5.txt")
+    assert [path.name for path in files] == ["step_5.png", "step_5.gif"]
+    strip = read_png(files[0].read_bytes()).reshape(3, 3, 68, 6, 68, 3)
+    ((path, stills),) = saved
+    assert path == files[1] and len(stills) == 6
+    shown = slice(-3, None) if channels % 3 == 0 else slice(-1, None)
+    for b, t in itertools.product(range(3), range(6)):
+        p, q = prediction[b, t, :, :, shown], truth[b, t, :, :, shown]
+        still = stills[t].reshape(3, 68, 3, 68, 3)
+        for row, x in enumerate((q, p, (p - q + 1) / 2)):
+            for tile in (strip[b, row, :, t], still[row, :, b]):
+                assert np.abs(tile[2:-2, 2:-2] - 255 * x).max() <= 0.51
+                assert (tile[0, 0] == ((0, 160, 0) if t < 2 else (220, 40, 0))).all()
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert [path.suffix for path in dreamer_v3.film(truth, prediction, 2, path)] == [".png"]
+
+
+def test_report_of_a_run(tmp_path, capsys):
+    """Group K: a run's table is that of its arrays, without what nobody can foresee."""
+    args = space_args("sensors", run_dir=str(tmp_path), eval_episodes=0, batch_size=6)
+    args = replace(args, batch_length=10)
+    dreamer_v3.main(replace(args, total_timesteps=90, report_every=80, buffer_size=500))
+    (folder,) = tmp_path.iterdir()
+    assert {path.stem for path in (folder / "dreams").iterdir()} == {"step_80", "step_90"}
+    assert str(folder / "dreams/step_90.png") in capsys.readouterr().out
+    lines = read_metrics(folder)
+    (report,) = (line for line in lines if line["step"] == 80 and "report/critic_error" in line)
+    rows = (folder / "dreams/step_80.txt").read_text().split("\n\n")[0].splitlines()
+    table = {row.split()[0]: row.split()[1:] for row in rows}
+    assert table["key"] == ["spread", "1", "2", "4"]
+    arrays = np.load(folder / "dreams/step_80.npz", allow_pickle=False)
+    assert arrays["seen"] == 5 and arrays["unforeseeable"].shape == (args.batch_size, 5)
+    assert arrays["unforeseeable"].any() and not arrays["unforeseeable"].all()
+    for name in table.keys() - {"key", "obs/image", "image"}:
+        truth, prediction = arrays[f"{name}/truth"], arrays[f"{name}/prediction"]
+        errors = [[], [], [], [], []]
+        for b, k in itertools.product(range(args.batch_size), range(5)):
+            if not arrays["unforeseeable"][b, k]:
+                errors[k].append(np.abs(truth - prediction)[b, 5 + k].mean())
+        shown = [float(x) for x in table[name][1:]]
+        for x, k in zip(shown, (0, 1, 3), strict=True):
+            assert (
+                math.isnan(x)
+                if not errors[k]
+                else math.isclose(x, np.mean(errors[k]), rel_tol=1e-3)
+            )
+        close(report[f"report/error_{name}"], np.mean(sum(errors, [])), rtol=1e-5, atol=1e-5)
+    assert len(table) > 4 and (folder / "dreams/step_80.png").stat().st_size > 1000
+
+
+def test_report_changes_nothing(tmp_path):
+    """Group K: a run that is looked into is the same run, bit for bit."""
+    runs = []
+    for every in (0, 10):
+        args = tiny(env_id="TestCounting-v0", run_dir=str(tmp_path / str(every)), log_every=5)
+        dreamer_v3.main(replace(args, report_every=every, total_timesteps=60, eval_episodes=0))
+        (folder,) = (tmp_path / str(every)).iterdir()
+        assert (folder / "dreams").exists() == bool(every)
+        lines = [line for line in read_metrics(folder) if "report/critic_error" not in line]
+        runs.append([{k: v for k, v in x.items() if k not in MACHINE} for x in lines])
+    assert runs[0] == runs[1] and any("losses/total" in line for line in runs[0])
+
+
+def test_pictures_reach_the_loggers(tmp_path, monkeypatch):
+    """Group K: TensorBoard gets the files' bytes, W&B the files."""
+    proto = types.ModuleType("tensorboard.compat.proto.summary_pb2")
+    proto.Summary = type("Summary", (SimpleNamespace,), {})
+    proto.Summary.Image = proto.Summary.Value = dict
+    for name in ("tensorboard", "tensorboard.compat", "tensorboard.compat.proto"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, proto.__name__, proto)
+    logger, written, logged = dreamer_v3.Logger(tiny(), tmp_path), [], []
+    if logger.tensorboard:
+        logger.tensorboard.close()
+    add = lambda summary, step: written.append((summary.value[0], step))
+    logger.tensorboard = SimpleNamespace(
+        file_writer=SimpleNamespace(add_summary=add), add_scalar=lambda *_: None, close=lambda: None
+    )
+    logger.wandb = SimpleNamespace(
+        Image=lambda path: ("image", path),
+        Video=lambda path: ("video", path),
+        log=lambda values, step: logged.append((values, step)),
+        finish=lambda: None,
+    )
+    files = [tmp_path / f"step_7.{kind}" for kind in ("txt", "png", "gif")]
+    for path in files:
+        path.write_bytes(path.suffix.encode())
+    logger.report(7, {"report/error_x": 1.0}, files)
+    logger.close()
+    assert [(x["tag"], x["image"]["encoded_image_string"], step) for x, step in written] == [
+        ("dreams/png", b".png", 7),
+        ("dreams/gif", b".gif", 7),
+    ]
+    assert logged == [
+        ({"report/error_x": 1.0}, 7),
+        ({"dreams/png": ("image", str(files[1]))}, 7),
+        ({"dreams/gif": ("video", str(files[2]))}, 7),
+    ]
+
+
+@in_float64
+def check_metrics():
+    """Group K: the metrics that judge a run, from what they are defined by."""
+    agent = make_agent(MIXED, free_nats=0.5, agc_clip=0.2)
+    steps = make_batch(MIXED, agent.args)
+    torch.manual_seed(1)
+    total, _, _, _ = agent.loss(steps)
+    total.backward()
+    grads = {n: p.grad for n, p in agent.exact.named_parameters() if p.grad is not None}
+    params = dict(agent.exact.named_parameters())
+    limit = {n: 0.2 * max(1e-3, params[n].norm().item()) for n in grads}
+    agent.exact.zero_grad()
+    agent.model.return_range.zero_()
+    torch.manual_seed(1)
+    metrics, _, _ = agent.update(steps)
+    modules = {name.split(".")[0] for name in grads}
+    assert {k[10:] for k in metrics if k.startswith("grad_norm/")} == modules
+    assert {"encoder", "rssm", "decoder", "reward", "cont", "actor", "critic"} == modules
+    for module in modules:
+        own = {n: g.norm().item() for n, g in grads.items() if n.split(".")[0] == module}
+        close(metrics[f"grad_norm/{module}"], math.hypot(*own.values()), rtol=1e-6, atol=1e-6)
+        clipped = np.mean([norm > limit[n] for n, norm in own.items()])
+        close(metrics[f"grad_clipped/{module}"], clipped, rtol=1e-6, atol=1e-6)
+    assert 0 < metrics["losses/grad_clipped"] < 1
+    low, high = metrics["behaviour/return_low"], metrics["behaviour/return_high"]
+    close(metrics["behaviour/return_scale"], max(1.0, high - low), rtol=1e-12, atol=1e-12)
+    normed = (metrics["behaviour/return"] - low) / metrics["behaviour/return_scale"]
+    close(metrics["behaviour/normed_return"], normed, rtol=1e-9, atol=1e-9)
+    least, most = (metrics[f"behaviour/normed_return_{x}"] for x in ("min", "max"))
+    assert least < metrics["behaviour/normed_return"] < most
+    # KL and its floor: the clipped loss is at least both.
+    kl, share = metrics["latents/kl"], metrics["latents/free_share"]
+    floor = metrics["losses/dyn"]
+    assert 0 <= share <= 1 and max(kl, 0.5) <= floor <= kl + 0.5 * share + 1e-12
+
+
+def test_metrics():
+    """Group K."""
+    check_metrics()
+
+
+@in_float64
+def test_kl_metrics():
+    """Group K: mean KL and the share of steps below the floor, step by step."""
+    agent = make_agent(VECTOR)
+    steps = make_batch(VECTOR, agent.args, 4, 6)
+    torch.manual_seed(2)
+    losses, _, _, metrics = dreamer_v3.world_model_loss(
+        agent.model, steps, replace(agent.args, free_nats=0.0)
+    )
+    kl = losses["dyn"].detach()
+    floor = kl.median().item() + 1e-9
+    torch.manual_seed(2)
+    _, _, _, above = dreamer_v3.world_model_loss(
+        agent.model, steps, replace(agent.args, free_nats=floor)
+    )
+    close(metrics["latents/kl"], kl.mean(), rtol=1e-12, atol=1e-12)
+    close(above["latents/kl"], kl.mean(), rtol=1e-12, atol=1e-12)
+    assert metrics["latents/free_share"] == 0 and above["latents/free_share"] == 0.5
+
+
+@in_float64
+def test_entropy_shares():
+    """Group K: 1 for a uniform policy or latent, 0 for a certain one."""
+    flat, sure = torch.zeros(2, 7), torch.zeros(2, 7)
+    sure[:, 1] = sure[:, 4] = 1000.0
+    for logits, share in ((flat, 1.0), (sure, 0.0)):
+        policy = dreamer_v3.Categoricals(logits, (3, 4), unimix=0)
+        least, most = policy.entropy_limits()
+        close((policy.entropy() - least) / (most - least), np.full(2, share), rtol=1e-9, atol=1e-9)
+    for raw, share in ((1000.0, 1.0), (-1000.0, 0.0)):
+        policy = dreamer_v3.BoundedNormals(torch.zeros(2, 3), torch.full((2, 3), raw))
+        least, most = policy.entropy_limits()
+        close((policy.entropy() - least) / (most - least), np.full(2, share), rtol=1e-9, atol=1e-9)
+
+
+def test_action_repeat(tmp_path):
+    """Group K: rewards add up, the last observation counts, an end ends it; Atari is refused."""
+    env = dreamer_v3.ActionRepeat(gym.make("TestCounting-v0"), 3)
+    plain = gym.make("TestCounting-v0")
+    for _ in range(2):
+        env.reset(seed=0), plain.reset(seed=0)
+        ended = False
+        while not ended:
+            rewards = []
+            for _ in range(3):
+                expected, reward, terminated, truncated, _ = plain.step(1)
+                rewards.append(reward)
+                if terminated or truncated:
+                    break
+            obs, total, *ends, _ = env.step(1)
+            assert total == sum(rewards) and ends == [terminated, truncated]
+            assert np.array_equal(obs, expected)
+            ended = terminated or truncated
+    args = tiny(env_id="CartPole-v1", action_repeat=2, num_envs=2)  # has a vector form of its own
+    envs = dreamer_v3.Environments(args, 2, seed=1)
+    assert isinstance(envs.envs, gym.vector.SyncVectorEnv)
+    envs.reset()
+    envs.send(np.eye(2, dtype=np.float32))
+    assert (envs.receive()[1] == 2).all()
+    envs.close()
+
+
 # ---- P. Parity with the authors' code -----------------------------------------------------------
 # The numbers at the end of this file come from github.com/danijar/dreamerv3 at commit e3f0224, run
 # with JAX 0.4.33 on a CPU, float64 in place of float32. A formula fills in parameters and inputs; a
@@ -3358,6 +3725,14 @@ def test_losses_and_gradients(case, run, precision, most_likely, monkeypatch):
     assert losses.keys() == golden["loss"].keys()
     for name, x in golden["loss"].items():
         agrees(losses[name], x, tol)
+    policy = agent.model.actor(torch.zeros(agent.model.actor.mlp[0][0].in_features))
+    least, most = policy.entropy_limits()
+    maximum = math.log(agent.model.rssm.stoch_shape[1]) * agent.model.rssm.stoch_shape[0]
+    metrics["behaviour/policy_entropy"] = (
+        metrics["behaviour/policy_entropy"] * (most - least) + least
+    )
+    for name in ("latents/posterior_entropy", "latents/prior_entropy"):  # here nats, not shares
+        metrics[name] = metrics[name] * maximum
     for name, x in zip(METRICS, golden["metrics"], strict=True):
         agrees(metrics[name].item(), x, tol)
     agrees(total.item(), golden["total"][0], tol)
@@ -3641,7 +4016,7 @@ def test_optimizer(warmup, float64):
     amps = {"p0": ((4, 5), 1.0), "p1": ((7,), 1e-5), "p2": ((3,), 0.5)}
     params = [torch.nn.Parameter(U(f"A/opt/{k}", *spec).clone()) for k, spec in amps.items()]
     args = Args(learning_rate=1e-2, warmup_updates=warmup)
-    optimizer = dreamer_v3.LaProp(params, params, args)
+    optimizer = dreamer_v3.LaProp(["net"] * len(params), params, params, args)
     for i, amp in enumerate([1.0, 0.01, 30.0, 0.3, 1e-6]):
         for k, p in enumerate(params):
             p.grad = torch.zeros_like(p)
