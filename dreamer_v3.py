@@ -545,7 +545,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Model state -> reconstruction of the observation."""
+    """Model state -> reconstruction of the observation (Eq. 1)."""
 
     def __init__(self, spaces, deter, stoch, depth, units):
         super().__init__()
@@ -713,7 +713,7 @@ class RSSM(nn.Module):
         return F.linear(embed.to(layer.weight.dtype), layer.weight[:, self.deter_dim :], layer.bias)
 
     def sequence_model(self, deter, stoch, product):
-        """h' = f(h, z, a): deter (B, D), stoch (B, S, K) -> (B, D).
+        """h' = f(h, z, a) (Eq. 1): deter (B, D), stoch (B, S, K) -> (B, D).
 
         product(name, x) is x @ weights[name] + base, where the base of "hidden_embeds" is the
         action's share and the others are the biases.
@@ -736,7 +736,7 @@ class RSSM(nn.Module):
         return (update * cand + (1 - update) * deter).flatten(-2)
 
     def prior(self, deter):
-        """Logits of p(z | h): (..., D) -> (..., S, K)."""
+        """Logits of p(z | h) (Eq. 1): (..., D) -> (..., S, K)."""
         return f32(self.prior_net(deter)).unflatten(-1, self.stoch_shape)
 
     def sample(self, logits, uniform):
@@ -760,7 +760,7 @@ class RSSM(nn.Module):
         return deter, self.sample(logits, uniform), logits, inputs
 
     def observe(self, embed, prev_action, is_first, deter, stoch):
-        """Filter a sequence: the posterior state at each of T steps.
+        """Filter a sequence: the posterior state q(z | h, x) (Eq. 1) at each of T steps.
 
         embed (B, T, E); prev_action (B, T, A), which led to the observations; is_first (B, T) bool;
         the state before the first step, deter (B, D), stoch (B, S, K). Returns deter (B, T, D),
@@ -803,7 +803,7 @@ class RSSM(nn.Module):
 
 
 class Actor(nn.Module):
-    """pi(a | s): feat (..., F) -> a policy over the environment's actions."""
+    """pi(a | s) (Eq. 4): feat (..., F) -> a policy over the environment's actions."""
 
     def __init__(self, feat_dim, units, spaces, unimix):
         super().__init__()
@@ -833,10 +833,10 @@ class Dreamer(nn.Module):
         sizes = deter, hidden, args.stoch, classes, args.blocks
         self.rssm = RSSM(spaces.action_width, self.encoder.embed_dim, *sizes, args.unimix)
         self.decoder = Decoder(spaces, deter, stoch, depth, units)
-        self.reward = mlp(deter + stoch, units, 1, len(bins), outscale=0.0)
-        self.cont = mlp(deter + stoch, units, 1, 1)
+        self.reward = mlp(deter + stoch, units, 1, len(bins), outscale=0.0)  # (Eq. 1)
+        self.cont = mlp(deter + stoch, units, 1, 1)  # (Eq. 1)
         self.actor = Actor(deter + stoch, units, spaces, args.actor_unimix)
-        self.critic = mlp(deter + stoch, units, 3, len(bins), outscale=0.0)
+        self.critic = mlp(deter + stoch, units, 3, len(bins), outscale=0.0)  # v(s) (Eq. 4)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
@@ -864,15 +864,15 @@ def world_model_loss(model, batch, args):
     )
     feat = model.rssm.feat(deter, stoch)  # (B, T, F)
 
-    # L_pred. The discount is part of the continue flag; imagination then needs no other. [D12]
+    # L_pred (Eq. 3). The discount is part of the continue flag: imagination needs no other. [D12]
     losses = model.decoder.losses(model.decoder(deter, stoch), batch["obs"])
     losses["reward"] = twohot_loss(model.reward(feat), batch["reward"], model.bins)
     cont = (1 - batch["is_terminal"].to(deter.dtype)) * args.gamma
     cont_logit = f32(model.cont(feat)).squeeze(-1)
     losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
 
-    # L_dyn moves the prior to the posterior, L_rep the posterior to the prior. KL of the mixed
-    # distributions, summed over the latent variables and only then clipped, step by step. [D5]
+    # L_dyn moves the prior to the posterior, L_rep the posterior to the prior (Eq. 3). KL of the
+    # mixed distributions, summed over the latent variables and only then clipped, step by step. [D5]
     post = mixed_log_probs(post_logits, args.unimix)
     prior = mixed_log_probs(model.rssm.prior(deter), args.unimix)
     kl = categorical_kl(post.detach(), prior)
@@ -964,6 +964,7 @@ def actor_critic_loss(model, feat, action, args):
     policy = model.actor(feat[:, :-1])
     entropy = policy.entropy()  # (N, H)
     log_prob = policy.log_prob(action[:, :-1])
+    # REINFORCE (Eq. 6), as far as imagination believes the episode goes on. [D16]
     actor = -weight[:, :-1] * (log_prob * advantage + args.ent_coef * entropy)
     critic = critic_loss(logits[:, :-1], slow_value[:, :-1], returns, model, args)
     critic = weight[:, :-1] * critic
@@ -990,7 +991,7 @@ def actor_critic_loss(model, feat, action, args):
 
 
 def replay_critic_loss(model, feat, bootstrap, batch, args):
-    """Critic loss on the replayed sequences: (B, T-1). Its gradient reaches the world model. [D19]
+    """Critic loss (Eq. 5) on replayed sequences: (B, T-1). Its gradient reaches the world model. [D19]
 
     feat (B, T, F) with gradient; bootstrap (B, T), the imagined return from each state. Rewards and
     ends are the real ones. The last step of an episode has no return of its own.
@@ -1183,6 +1184,7 @@ class Agent:
         feat = model.rssm.feat(deter, stoch)  # with gradient into the world model
         losses["repval"] = replay_critic_loss(model, feat, bootstrap, batch, args)
 
+        # One sum (Eq. 2 and the losses of actor and critic). [D20]
         scales = dict.fromkeys(losses, args.beta_pred)  # reconstructions, reward, cont
         scales |= {"dyn": args.beta_dyn, "rep": args.beta_rep}
         scales |= {"actor": 1.0, "critic": args.beta_val, "repval": args.beta_repval}
@@ -2185,8 +2187,8 @@ def check_args(args):
         "action_repeat total_timesteps num_envs batch_size log_every save_every stoch blocks"
     )
     at_least_0 = """
-        eval_every eval_episodes report_every train_ratio free_nats beta_pred beta_dyn beta_rep ent_coef beta_val
-        beta_repval slow_reg learning_rate warmup_updates agc_clip
+        eval_every eval_episodes report_every train_ratio free_nats beta_pred beta_dyn beta_rep
+        ent_coef beta_val beta_repval slow_reg learning_rate warmup_updates agc_clip
     """
     shares = "gamma return_lambda unimix actor_unimix tau return_rate"
     limits = dict.fromkeys(at_least_1.split(), (1, huge))
@@ -2336,8 +2338,8 @@ def benchmark(args, device, dtype):
 # What --resume takes from the command line; everything else stays as the run had it.
 FREE_TO_CHANGE = """
     resume total_timesteps eval_every eval_episodes eval_sample log_every save_every report_every
-    capture_video
-    track wandb_project_name wandb_entity cuda dtype compile torch_deterministic async_envs run_dir
+    capture_video track wandb_project_name wandb_entity cuda dtype compile torch_deterministic
+    async_envs run_dir
 """.split()
 
 

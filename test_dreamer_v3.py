@@ -14,6 +14,8 @@ import contextlib
 import copy
 import functools
 import importlib
+import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -1948,7 +1950,210 @@ def test_readme_commands_parse():
     for command in commands:
         words = shlex.split(command, comments=True)
         if "--help" not in words:
-            dreamer_v3.check_args(tyro.cli(Args, args=words))
+            dreamer_v3.check_args(replace(tyro.cli(Args, args=words), capture_video=False))
+
+
+def readme_blocks(language):
+    """The README's blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def readme_diff(name, folder):
+    """Apply the diff whose first line has the name, to a copy of dreamer_v3.py in the folder."""
+    (diff,) = (block for block in readme_blocks("diff") if name in block)
+    shutil.copy(dreamer_v3.__file__, folder)
+    command = ["git", "apply", "-p0", "-"]
+    done = subprocess.run(command, input=diff, text=True, capture_output=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def load_module(path, monkeypatch):
+    """Import a file under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"copy_{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def short_run(module, tmp_path, **settings):
+    """A short run of the smallest network in any copy of the file: the run's folder."""
+    args = module.Args(**(TINY | {"run_dir": str(tmp_path), "log_every": 1} | settings))
+    module.main(args)
+    (folder,) = tmp_path.glob("*/metrics.jsonl")
+    return folder.parent
+
+
+COMMANDS = readme_commands()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
+def test_readme_commands_run(command, tmp_path, monkeypatch, capsys):
+    """Every command of the README does what it says: as it stands, only shorter and smaller."""
+    short = TINY | dict(run_dir=str(tmp_path), eval_episodes=1, batch_size=2, batch_length=4)
+    short |= dict(total_timesteps=24, buffer_size=1000, eval_every=20, report_every=20, log_every=4)
+    words = shlex.split(command, comments=True)
+    if "--help" in words:
+        with pytest.raises(SystemExit) as caught:
+            tyro.cli(Args, args=words)
+        assert caught.value.code == 0
+        return
+    if "RUN" in command:
+        folder = short_run(dreamer_v3, tmp_path, env_id="CartPole-v1", total_timesteps=20)
+        words = [word.replace("runs/RUN", str(folder)) for word in words]
+    args = tyro.cli(Args, args=words)
+    if "shimmy" in args.env_id:
+        pytest.importorskip("shimmy", reason="pip install 'shimmy[dm-control]' 'mujoco<4'")
+    if args.capture_video and not importlib.util.find_spec("moviepy"):
+        with pytest.raises(UserError, match="pip install 'moviepy'"):
+            dreamer_v3.main(args)
+        args = replace(args, capture_video=False)
+    if args.env_id.startswith("my_module"):
+        readme_diff("my_module", tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for --async-envs
+    monkeypatch.setattr(dreamer_v3, "BENCHMARK_SECONDS", 0.1)
+    if args.resume:
+        old = dreamer_v3.load_checkpoint(Path(args.resume) / "checkpoint.pt")["args"]
+        dreamer_v3.main(replace(old, resume=args.resume, total_timesteps=30))
+        assert {line["step"] for line in read_metrics(folder)} >= {20, 30}
+    elif args.evaluate:
+        returns = dreamer_v3.main(args)
+        assert len(returns) == args.eval_episodes == 100
+        text = capsys.readouterr().out.splitlines()[-1]
+        assert all(word in text for word in ("mean", "standard error", "median", "min", "max"))
+    elif args.benchmark:
+        assert dreamer_v3.main(replace(args, **short))["update_ms"] > 0
+    else:
+        short |= dict(num_envs=args.num_envs, total_timesteps=24 * args.num_envs, eval_sample=True)
+        dreamer_v3.main(replace(args, **short))
+        (folder,) = (path.parent for path in tmp_path.glob("*/metrics.jsonl"))
+        lines = read_metrics(folder)
+        assert any("losses/total" in line for line in lines)
+        assert any("eval/episodic_return" in line for line in lines)
+        assert list(folder.glob("dreams/*.txt"))
+
+
+def test_readme_snippet(tmp_path, capsys):
+    """The README's snippet loads a checkpoint, acts, and prints a return."""
+    folder = short_run(dreamer_v3, tmp_path, env_id="CartPole-v1", total_timesteps=20)
+    (snippet,) = readme_blocks("python")
+    assert "runs/RUN" in snippet
+    capsys.readouterr()
+    exec(snippet.replace("runs/RUN", str(folder)), {})
+    (word, number), args = capsys.readouterr().out.split(), None
+    args = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["args"]
+    assert word == "return" and 8 <= float(number) <= 500 and args.env_id == "CartPole-v1"
+
+
+def test_readme_encoder(tmp_path, monkeypatch):
+    """The README's other encoder trains, and is the one that is used."""
+    readme_diff("self.patch", tmp_path)
+    module = load_module(tmp_path / "dreamer_v3.py", monkeypatch)
+    folder = short_run(
+        module,
+        tmp_path,
+        **vars(space_args("grey", total_timesteps=20)) | {"run_dir": str(tmp_path)},
+    )
+    state = module.load_checkpoint(folder / "checkpoint.pt")["agent"]["model"]
+    assert any(name.startswith("encoder.patch") for name in state)
+    assert not any(name.startswith("encoder.convs") for name in state)
+    # An entry of the embedding sees one patch and no other.
+    spaces = Spaces(3, (), (2,), 2)
+    encoder = module.Encoder(spaces, depth=4, units=8)
+    image = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8)
+    before = encoder({"image": image})
+    image[0, 0, 8:16, 24:32] = 200
+    changed = (encoder({"image": image}) - before).abs().unflatten(-1, (8, 8, -1)).sum(
+        (0, 1, -1)
+    ) > 0
+    assert changed.nonzero().tolist() == [[1, 3]] and before.shape[-1] == encoder.embed_dim
+
+
+def test_readme_normaliser(tmp_path, monkeypatch):
+    """The README's other normaliser trains, and the range is mean -+ deviation."""
+    readme_diff("returns.std()", tmp_path)
+    module = load_module(tmp_path / "dreamer_v3.py", monkeypatch)
+    args = replace(tiny(), return_rate=1.0)
+    agent = module.Agent(module.Args(**vars(args)), VECTOR)
+    randomize(agent.model)
+    feat = torch.randn(6, 5, agent.model.rssm.deter_dim + math.prod(agent.model.rssm.stoch_shape))
+    action = make_vector(VECTOR.action_classes, VECTOR.action_width, (6, 5))
+    _, returns, _ = module.actor_critic_loss(agent.model, feat, action, args)
+    expected = torch.stack([returns.mean() - returns.std(), returns.mean() + returns.std()])
+    close(agent.model.return_range, expected, rtol=1e-5)
+
+
+def test_readme_environment(tmp_path, monkeypatch):
+    """The README's environment is remembered: 1 for the sign that was shown, else 0."""
+    readme_diff("my_module", tmp_path)
+    module = load_module(tmp_path / "my_module.py", monkeypatch)
+    env = module.Guess()
+    for right in (0, 1, 0, 1):
+        obs, _ = env.reset()
+        assert env.observation_space.contains(obs)
+        answer = obs["sign"] if right else 1 - obs["sign"]
+        results = [env.step(answer) for _ in range(5)]
+        assert all(env.observation_space.contains(x[0]) and x[0]["sign"] == 2 for x in results)
+        assert [x[1] for x in results] == [0, 0, 0, 0, right] and results[-1][2]
+
+
+def test_readme_tables():
+    """Every table made from results/ is in the README as the script makes it now."""
+    path = Path(dreamer_v3.__file__).parent / "results/make.py"
+    spec = importlib.util.spec_from_file_location("make", path)
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    assert make.write_tables(README) == README
+    assert README.count("<!-- table ") == len([name for name in vars(make) if name[:6] == "table_"])
+    for name in re.findall(r"\]\((results/[\w.]*)\)", README):
+        assert (path.parents[1] / name).exists(), name
+
+
+def test_equations_are_found():
+    """`grep "Eq. n"` finds each equation, and so it does in every function of the README's table."""
+    rows = re.findall(r"^\| ([\d, ]+) \| [^|]+ \| (`[^|]+) \|$", README, re.MULTILINE)
+    assert [int(n) for numbers, _ in rows for n in numbers.split(",")] == list(range(1, 12))
+    for numbers, places in rows:
+        cited = ""
+        for place in re.findall(r"`([\w.]+)`", places):
+            item = functools.reduce(getattr, place.split("."), dreamer_v3)
+            source = inspect.getsource(item)
+            assert re.search(rf"Eq\. ({numbers.replace(', ', '|')})\b", source), (numbers, place)
+            cited += source
+        for n in numbers.split(", "):
+            assert re.search(rf"Eq\. {n}\b", cited), n
+
+
+def test_metrics_are_explained(tmp_path):
+    """Each metric that a run writes is in the README's table, and none else."""
+    for case in ("sensors", "box"):
+        args = space_args(case, run_dir=str(tmp_path / case), eval_episodes=1, report_every=10)
+        dreamer_v3.main(replace(args, batch_size=2, batch_length=4))
+    written = {
+        name
+        for path in tmp_path.glob("*/*/metrics.jsonl")
+        for line in read_metrics(path.parent)
+        for name in line
+    } - {"step", "time"}
+    table = README.split("## Metrics")[1].split("## ")[0]
+    listed = {
+        x for row in table.splitlines() for x in re.findall(r"`([\w./<>]+)`", row.split(" | ")[0])
+    }
+    listed = {x.replace("..._", "behaviour/normed_return_") for x in listed}
+    general = {
+        r"(losses|report/error_)/?obs/\w+": "losses/obs/<name>",
+        r"report/error_.*": "report/error_<name>",
+        r"losses/(obs|image)": None,
+        r"grad_norm/\w+": "grad_norm/<module>",
+        r"grad_clipped/\w+": "grad_clipped/<module>",
+    }
+    for name in written - listed:
+        match = [to for pattern, to in general.items() if re.fullmatch(pattern, name)]
+        assert match and match[0] in listed, f"{name} is not explained"
+    assert len(written) > 50
+    plain = {name for name in listed if "<" not in name}
+    assert not plain - written - {"charts/episodic_return", "losses/obs", "eval/episodic_return"}
 
 
 def test_readme_table_of_hyperparameters():

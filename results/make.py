@@ -1,0 +1,333 @@
+"""From runs to the README's figures and tables.
+
+    python results/make.py add runs/RUN ... --commit 1234567 --hardware "2 cores of ..."
+    python results/make.py authors ../shared/scores      # the authors' curves, summed up
+    python results/make.py tables                        # writes them into README.md
+    python results/make.py figures                       # pip install matplotlib
+
+`add` appends each run to <task>.json, a list in the authors' format: task, method, seed, xs
+(environment frames, all environments together) and ys (returns of training episodes), and beside it
+what it takes to repeat the run. All paths are relative to this folder, but for what is read.
+"""
+
+import argparse
+import gzip
+import importlib
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BIN = 10_000  # frames; the authors' curves of control tasks are averages over so many
+ENOUGH = 100_000  # frames of the authors' curves that are kept
+
+
+# ---- Runs -> <task>.json -------------------------------------------------------------------------
+
+
+def task_name(env_id):
+    """The authors' name of a task they have, otherwise the environment's id without a version."""
+    name = env_id.split(":")[-1].rsplit("-v", 1)[0]
+    for prefix, short in (("ALE/", "atari_"), ("dm_control/", "dmc_")):
+        if name.startswith(prefix):
+            name = short + re.sub("(?<=[a-z])(?=[A-Z])", "_", name.removeprefix(prefix)).lower()
+    return name.replace("-", "_").lower()
+
+
+def read_run(folder, commit, hardware):
+    """A run's folder -> its entry in <task>.json."""
+    sys.path.insert(0, str(HERE.parent))
+    defaults = asdict(importlib.import_module("dreamer_v3").Args())
+    args = json.loads((folder / "args.json").read_text())
+    changed = {k: v for k, v in args.items() if v != defaults.get(k) and k != "exp_name"}
+    quoted = {k: f"'{v}'" if k == "env_kwargs" else v for k, v in changed.items()}
+    flags = (f"--{k.replace('_', '-')} {v}" for k, v in quoted.items())
+    frameskip = json.loads(args["env_kwargs"]).get("frameskip", 4)
+    frames = frameskip if "ALE/" in args["env_id"] else args.get("action_repeat", 1)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    episodes = [line for line in lines if "charts/episodic_return" in line]
+    key, spread = "eval/episodic_return", "eval/episodic_return_std"
+    evaluations = [line for line in lines if key in line]
+    return {
+        "task": task_name(args["env_id"]),
+        "method": "dreamer_v3.py",
+        "seed": args["seed"],
+        "xs": [frames * line["step"] for line in episodes],
+        "ys": [round(line["charts/episodic_return"], 4) for line in episodes],
+        "evaluations": [  # frames, mean, standard deviation, episodes; greedy
+            [
+                frames * line["step"],
+                round(line[key], 4),
+                round(line[spread], 4),
+                args["eval_episodes"],
+            ]
+            for line in evaluations
+        ],
+        "steps": lines[-1]["step"],
+        "asked": args["total_timesteps"],
+        "frames": frames * lines[-1]["step"],
+        "updates": int(max(line.get("charts/updates", 0) for line in lines)),
+        "seconds": round(lines[-1]["time"]),
+        "size": args["size"],
+        "command": f"python dreamer_v3.py {' '.join(flags)}",
+        "commit": commit,
+        "hardware": hardware,
+    }
+
+
+def add(folders, commit, hardware):
+    """Append runs to their tasks' files; a run of the same task, seed and command is replaced."""
+    for folder in folders:
+        run = read_run(Path(folder), commit, hardware)
+        path = HERE / f"{run['task']}.json"
+        key = lambda run: (run["command"], run["seed"])
+        runs = json.loads(path.read_text()) if path.exists() else []
+        runs = sorted([other for other in runs if key(other) != key(run)] + [run], key=key)
+        path.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+        print(path, run["seed"], len(run["ys"]), "episodes")
+
+
+# ---- The authors' curves -------------------------------------------------------------------------
+
+
+def binned(xs, ys, end=ENOUGH):
+    """Means of the ys of (0, BIN], (BIN, 2 BIN], ... up to `end` frames; None: there is none."""
+    bins = np.ceil(np.array(xs) / BIN).astype(int)
+    values = [np.array(ys)[bins == i] for i in range(1, end // BIN + 1)]
+    return [round(float(x.mean()), 4) if len(x) else None for x in values]
+
+
+def authors(folder):
+    """authors.json: of each task that was run, mean, least and most of the seeds in each bin."""
+    tasks = {path.stem for path in HERE.glob("*.json")}
+    summary = {}
+    for name in ("atari100k-dreamerv3", "dmc_proprio-dreamerv3"):
+        curves = json.loads(gzip.decompress((Path(folder) / f"{name}.json.gz").read_bytes()))
+        for task in sorted(tasks & {curve["task"] for curve in curves}):
+            seeds = [binned(x["xs"], x["ys"]) for x in curves if x["task"] == task]
+            columns = [[y for y in column if y is not None] for column in zip(*seeds, strict=True)]
+            summary[task] = {
+                "source": f"danijar/dreamerv3, scores/{name}.json.gz",
+                "seeds": len(seeds),
+                "frames": [BIN * (i + 1) for i in range(len(columns))],
+                "mean": [round(float(np.mean(x)), 2) if x else None for x in columns],
+                "least": [round(min(x), 2) if x else None for x in columns],
+                "most": [round(max(x), 2) if x else None for x in columns],
+            }
+    text = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in summary.items())
+    (HERE / "authors.json").write_text("{\n" + text + "\n}\n")
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def load():
+    """Tasks in order: name -> runs, and the authors' summary."""
+    others = ("authors.json", "speed.json")
+    paths = sorted(path for path in HERE.glob("*.json") if path.name not in others)
+    tasks = {path.stem: json.loads(path.read_text()) for path in paths}
+    return tasks, json.loads((HERE / "authors.json").read_text())
+
+
+def minutes(runs):
+    """Wall-clock of runs as text."""
+    times = sorted(round(run["seconds"] / 60) for run in runs)
+    return f"{times[0]}" if times[0] == times[-1] else f"{times[0]} - {times[-1]}"
+
+
+def by_command(runs):
+    """Runs that differ in nothing but the seed: command without seed -> runs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(re.sub(r" --seed \d+", "", run["command"]), []).append(run)
+    return groups
+
+
+def numbers(tasks):
+    """The number of each command in the README's list."""
+    commands = [command for runs in tasks.values() for command in by_command(runs)]
+    return {command: i for i, command in enumerate(commands, 1)}
+
+
+def table_authors():
+    """Training returns beside the authors', in the last full bin of frames."""
+    rows = ["| task | frames | authors, mean (range) | this file, each seed | at the end, greedy |"]
+    rows[0] += " updates | minutes | commit | command |"
+    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    tasks, published = load()
+    for task, curve in published.items():
+        for command, runs in by_command(tasks[task]).items():
+            ours = [binned(run["xs"], run["ys"]) for run in runs]
+            last = max(i for i, column in enumerate(zip(*ours, strict=True)) if None not in column)
+            low, mean, high = (f"{curve[name][last]:.4g}" for name in ("least", "mean", "most"))
+            greedy = (f"{run['evaluations'][-1][1]:.4g}" for run in runs if run["evaluations"])
+            rows.append(
+                f"| {task} | {BIN * last:,} - {BIN * (last + 1):,} | {mean} ({low} - {high}), "
+                f"{curve['seeds']} seeds | {' / '.join(f'{x[last]:.4g}' for x in ours)} "
+                f"| {' / '.join(greedy)} | {runs[0]['updates']:,} | {minutes(runs)} "
+                f"| {', '.join(sorted({run['commit'] for run in runs}))} "
+                f"| {numbers(tasks)[command]} |"
+            )
+    return rows
+
+
+def table_classic():
+    """Greedy evaluations of tasks that the authors have not published."""
+    rows = ["| task | seed | steps: return | last, +- standard error | best | updates | minutes |"]
+    rows[0] += " commit | command |"
+    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    tasks, published = load()
+    for task, runs in tasks.items():
+        for run in () if task in published else runs:
+            steps = ", ".join(f"{x:,}: {y:.0f}" for x, y, _, _ in run["evaluations"])
+            steps += "" if run["steps"] >= run["asked"] else f" (stopped at {run['steps']:,})"
+            _, mean, std, episodes = run["evaluations"][-1]
+            best = max(y for _, y, _, _ in run["evaluations"])
+            number = numbers(tasks)[re.sub(r" --seed \d+", "", run["command"])]
+            rows.append(
+                f"| {task} | {run['seed']} | {steps} | **{mean:.0f}** +- "
+                f"{std / (episodes - 1) ** 0.5:.1f} | {best:.0f} | {run['updates']:,} "
+                f"| {minutes([run])} | {run['commit']} | {number} |"
+            )
+    return rows
+
+
+def table_commands():
+    """The exact command of each task."""
+    tasks, rows = load()[0], []
+    for runs in tasks.values():
+        for command, same in by_command(runs).items():
+            seeds = ", ".join(str(run["seed"]) for run in same)
+            rows.append(f"{numbers(tasks)[command]}. `{command}`, `--seed` {seeds}")
+    return rows
+
+
+def table_speed():
+    """Speed by size and kind of observation."""
+    rows = ["| `--benchmark` with | parameters | TFLOP an update | update, s | matrix rate |"]
+    rows[0] += " action, ms | steps/s | memory, GB |"
+    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for x in json.loads((HERE / "speed.json").read_text())["runs"]:
+        spread = f" ({x['update_ms_min'] / 1e3:.2f} - {x['update_ms_max'] / 1e3:.2f})"
+        rows.append(
+            f"| `{x['flags']}` | {x['params']:,} | {x['flops_per_update'] / 1e12:.3g} "
+            f"| {x['update_ms'] / 1e3:.2f}{spread} | {x['peak_share']:.2f} | {x['act_ms']:.1f} "
+            f"| {x['env_steps_per_s']:.2g} | {x['peak_memory_mb'] / 1e3:.1f} |"
+        )
+    return rows
+
+
+def table_growth():
+    """Speed by size, and by batch, length and horizon."""
+    rows = ["| with | parameters | TFLOP an update | update, s | matrix rate | memory, GB |"]
+    rows += ["| --- | --- | --- | --- | --- | --- |"]
+    show = lambda x, form: "" if x is None else format(x, form)
+    for x in json.loads((HERE / "speed.json").read_text())["growth"]:
+        rows.append(
+            f"| `{x['flags']}` | {show(x['params'], ',')} | {x['tflop']:.3g} "
+            f"| {show(x['update_s'], '.2f')} "
+            f"| {show(x['peak_share'], '.2f')} | {show(x['memory_gb'], '.1f')} |"
+        )
+    return rows
+
+
+def table_quick():
+    """Minutes and returns of the commands of the section on use."""
+    rows = ["| task | steps | minutes | return, each seed (greedy, 20 episodes) |"]
+    rows += ["| --- | --- | --- | --- |"]
+    tasks, published = load()
+    for task, runs in tasks.items():
+        for same in by_command(runs).values() if task not in published else ():
+            if all(run["steps"] >= run["asked"] for run in same):  # others were stopped
+                last = " / ".join(f"{run['evaluations'][-1][1]:.0f}" for run in same)
+                rows.append(f"| {task} | {same[0]['steps']:,} | {minutes(same)} | {last} |")
+    return rows
+
+
+def write_tables(text):
+    """The README with every <!-- table NAME --> ... <!-- end --> made anew."""
+
+    def table(match):
+        rows = globals()[f"table_{match[1]}"]()
+        return "\n".join([f"<!-- table {match[1]} -->", "", *rows, "", "<!-- end -->"])
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+
+def figures():
+    """curves.png: each task, ours (one line a seed) on the authors' range; classic.png."""
+    plt = importlib.import_module("matplotlib.pyplot")
+    tasks, published = load()
+    panels = [(task, published.get(task), runs) for task, runs in tasks.items()]
+    panels.sort(key=lambda panel: panel[1] is None)
+    columns = 3
+    fig, axes = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=(10.5, 2.6 * -(-len(panels) // columns))
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (task, curve, runs) in zip(axes.flat, panels, strict=False):
+        if curve:
+            end = 2 * max(run["frames"] for run in runs)
+            keep = [
+                i
+                for i, x in enumerate(curve["frames"])
+                if x <= end and curve["mean"][i] is not None
+            ]
+            xs, mean, least, most = (
+                [curve[name][i] for i in keep] for name in ("frames", "mean", "least", "most")
+            )
+            axis.fill_between(xs, least, most, color="0.85", lw=0)
+            axis.plot(xs, mean, color="0.45", label=f"authors, {curve['seeds']} seeds")
+            for run in runs:
+                ys = binned(run["xs"], run["ys"])
+                points = [(BIN * (i + 1), y) for i, y in enumerate(ys) if y is not None]
+                axis.plot(*zip(*points, strict=True), "o-", color="C3", ms=3, label="this file")
+            axis.set_xlabel("frames", fontsize=8)
+        else:
+            for color, (command, same) in enumerate(reversed(by_command(runs).items())):
+                for run in same:
+                    xs, ys, _, _ = zip(*run["evaluations"], strict=True)
+                    label = f"greedy, command {numbers(tasks)[command]}"
+                    axis.plot(xs, ys, "o-", color=f"C{3 + color}", ms=3, alpha=0.7, label=label)
+            axis.set_xlabel("steps", fontsize=8)
+        axis.set_title(f"{task} ({len(runs)} seed{'s' * (len(runs) > 1)})", fontsize=9)
+        axis.tick_params(labelsize=7)
+        handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        axis.legend(handles.values(), handles.keys(), fontsize=7, frameon=False)
+    fig.tight_layout()
+    fig.savefig(HERE / "curves.png", dpi=110)
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(required=True, dest="command")
+    adding = commands.add_parser("add")
+    adding.add_argument("runs", nargs="+")
+    adding.add_argument("--commit", required=True)
+    adding.add_argument("--hardware", required=True)
+    commands.add_parser("authors").add_argument("folder")
+    commands.add_parser("tables")
+    commands.add_parser("figures")
+    args = parser.parse_args()
+    if args.command == "add":
+        add(args.runs, args.commit, args.hardware)
+    elif args.command == "authors":
+        authors(args.folder)
+    elif args.command == "tables":
+        README.write_text(write_tables(README.read_text()))
+    else:
+        figures()
+
+
+if __name__ == "__main__":
+    main()
