@@ -3445,6 +3445,11 @@ def test_report_changes_nothing(tmp_path):
         dreamer_v3.main(replace(args, report_every=every, total_timesteps=60, eval_episodes=0))
         (folder,) = (tmp_path / str(every)).iterdir()
         assert (folder / "dreams").exists() == bool(every)
+        for path in folder.glob("dreams/*.npz"):  # the next episodes cannot be foreseen
+            arrays = np.load(path, allow_pickle=False)
+            episode, seen = arrays["obs/truth"][..., 1], arrays["seen"]
+            next_one = episode[:, seen:] != episode[:, seen - 1, None]
+            assert np.array_equal(next_one, arrays["unforeseeable"])
         lines = [line for line in read_metrics(folder) if "report/critic_error" not in line]
         runs.append([{k: v for k, v in x.items() if k not in MACHINE} for x in lines])
     assert runs[0] == runs[1] and any("losses/total" in line for line in runs[0])
@@ -3561,6 +3566,24 @@ def test_entropy_shares():
         policy = dreamer_v3.BoundedNormals(torch.zeros(2, 3), torch.full((2, 3), raw))
         least, most = policy.entropy_limits()
         close((policy.entropy() - least) / (most - least), np.full(2, share), rtol=1e-9, atol=1e-9)
+
+
+def test_usage():
+    """Group K: filled share and size of the replay, from empty to a full ring; peak memory."""
+    args = tiny(env_id="TestCounting-v0", num_envs=2, buffer_size=20, total_timesteps=100)
+    trainer = dreamer_v3.Trainer(args, torch.device("cpu"), torch.float32)
+    entry = 2 * (4 + 3 + 1) * 4 + 2 * 3 + 2 * 2 * 32 + 2 * 3  # vector, action, reward, flags, state
+    for _ in range(13):
+        usage = trainer.usage()
+        rows = min(10, trainer.step // 2)
+        assert usage["charts/replay_fill"] == rows / 10
+        assert rows * entry <= usage["charts/replay_gb"] * 1e9 <= rows * (entry + 32)  # aligned
+        assert usage["charts/updates"] == trainer.updates
+        trainer.collect_and_train()
+    with open("/proc/self/status") as file:
+        peak = int(re.search(r"VmHWM:\s+(\d+)", file.read())[1]) * 1024 / 1e9
+    assert math.isclose(usage["charts/memory_gb"], peak, rel_tol=0.1)
+    trainer.envs.close()
 
 
 def test_action_repeat(tmp_path):
