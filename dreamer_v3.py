@@ -5,7 +5,7 @@ Paper: Hafner, Pasukonis, Ba, Lillicrap, "Mastering diverse control tasks throug
 authors' JAX code, github.com/danijar/dreamerv3 at commit e3f0224 ("the reference"). [D1] ... [D25]
 mark details of it that the paper does not spell out; the README explains them.
 
-    python dreamer_v3.py --env-id ALE/MsPacman-v5                       # Atari, as benchmarked
+    python dreamer_v3.py --env-id ALE/MsPacman-v5
     python dreamer_v3.py --env-id CartPole-v1 --size 1m --num-envs 4 --total-timesteps 10000
     python dreamer_v3.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20
     python dreamer_v3.py --resume runs/<run>
@@ -30,7 +30,7 @@ What the replay holds: one column is one entry, a new episode begins at `|`.
 
 Sections: 1 arguments, 2 transformations, 3 distributions, 4 layers, 5 encoder and decoder, 6 RSSM,
 7 world model, 8 behaviour, 9 optimizer, 10 agent, 11 replay, 12 environments, 13 logging, training,
-evaluation, checkpoint, 14 main.
+evaluation, looking inside, checkpoint, 14 main.
 """
 
 import contextlib
@@ -514,7 +514,7 @@ class Spaces:
 
 
 class Encoder(nn.Module):
-    """Observation -> embedding: an MLP for vectors, convolutions with pooling for images. [D11]"""
+    """Observation -> embedding (Eq. 1): an MLP for vectors, convolutions for images. [D11]"""
 
     def __init__(self, spaces, depth, units):
         super().__init__()
@@ -583,23 +583,13 @@ class Decoder(nn.Module):
             recon["image"] = torch.sigmoid(f32(self.image_out(x))).unflatten(0, deter.shape[:2])
         return recon
 
-    def truth_and_prediction(self, recon, obs):
-        """The two in the observation's own units, for people: dict of pairs (B, T, ...), float32.
-
-        Images are in [0, 1]; discrete vectors are one-hots beside probabilities.
-        """
-        pairs = {}
+    def targets(self, obs):
+        """The observation in parts: dict of (B, T, ...); images in [0, 1]."""
+        targets = {"image": obs["image"] / 255} if self.spaces.channels else {}
         if self.spaces.vectors:
-            parts = obs["vector"].split([width for _, width, _ in self.spaces.vectors], -1)
-            for (name, _, classes), truth in zip(self.spaces.vectors, parts, strict=True):
-                if classes:
-                    log_probs = Categoricals(recon[name], classes, unimix=0).log_probs
-                    pairs[name] = truth, torch.cat(log_probs, -1).exp()
-                else:
-                    pairs[name] = truth, symexp(recon[name])
-        if self.spaces.channels:
-            pairs["image"] = obs["image"] / 255, recon["image"]
-        return pairs
+            names, widths, _ = zip(*self.spaces.vectors, strict=True)
+            targets |= zip(names, obs["vector"].split(widths, -1), strict=True)
+        return targets
 
     def losses(self, recon, obs):
         """Negative log-likelihoods up to constants, for every observation: dict of (B, T).
@@ -607,17 +597,29 @@ class Decoder(nn.Module):
         Squared errors (no factor 1/2) of images and of symlog vectors (Eq. 8), cross-entropies of
         discrete vectors, summed over all but batch and time. [D10]
         """
-        losses = {}
-        if self.spaces.vectors:
-            parts = obs["vector"].split([width for _, width, _ in self.spaces.vectors], -1)
-            for (name, _, classes), target in zip(self.spaces.vectors, parts, strict=True):
-                if classes:
-                    losses[name] = -Categoricals(recon[name], classes, unimix=0).log_prob(target)
-                else:
-                    losses[name] = (recon[name] - symlog(target)).square().sum(-1)
+        targets, losses = self.targets(obs), {}
+        for name, _, classes in self.spaces.vectors:
+            if classes:
+                losses[name] = -Categoricals(recon[name], classes, unimix=0).log_prob(targets[name])
+            else:
+                losses[name] = (recon[name] - symlog(targets[name])).square().sum(-1)
         if self.spaces.channels:
-            losses["image"] = (recon["image"] - obs["image"] / 255).square().sum((-3, -2, -1))
+            losses["image"] = (recon["image"] - targets["image"]).square().sum((-3, -2, -1))
         return losses
+
+    def truth_and_prediction(self, recon, obs):
+        """Both in the observation's own units: dict of pairs (B, T, ...), for people.
+
+        Images are in [0, 1]; discrete vectors are one-hots beside probabilities.
+        """
+        prediction = {"image": recon["image"]} if self.spaces.channels else {}
+        for name, _, classes in self.spaces.vectors:
+            if classes:
+                log_probs = Categoricals(recon[name], classes, unimix=0).log_probs
+                prediction[name] = torch.cat(log_probs, -1).exp()
+            else:
+                prediction[name] = symexp(recon[name])
+        return {name: (truth, prediction[name]) for name, truth in self.targets(obs).items()}
 
 
 # ---- 6. RSSM: the recurrent state-space model (paper: World model learning, Eq. 1) ---------------
@@ -872,7 +874,7 @@ def world_model_loss(model, batch, args):
     losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
 
     # L_dyn moves the prior to the posterior, L_rep the posterior to the prior (Eq. 3). KL of the
-    # mixed distributions, summed over the latent variables and only then clipped, step by step. [D5]
+    # mixed distributions, summed over the latent variables, then clipped, each step by itself. [D5]
     post = mixed_log_probs(post_logits, args.unimix)
     prior = mixed_log_probs(model.rssm.prior(deter), args.unimix)
     kl = categorical_kl(post.detach(), prior)
@@ -985,13 +987,13 @@ def actor_critic_loss(model, feat, action, args):
         "behaviour/normed_return_max": normed_return.max(),
         "behaviour/advantage": advantage.mean(),
         "behaviour/advantage_std": advantage.std(correction=0),
-        "behaviour/policy_entropy": (entropy.mean() - least) / (most - least),
+        "behaviour/policy_entropy": (entropy.mean() - least) / ((most - least) or 1.0),
     }
     return {"actor": actor, "critic": critic}, returns, metrics
 
 
 def replay_critic_loss(model, feat, bootstrap, batch, args):
-    """Critic loss (Eq. 5) on replayed sequences: (B, T-1). Its gradient reaches the world model. [D19]
+    """Critic loss (Eq. 5) on replayed sequences: (B, T-1), with gradient to the world model. [D19]
 
     feat (B, T, F) with gradient; bootstrap (B, T), the imagined return from each state. Rewards and
     ends are the real ones. The last step of an episode has no return of its own.
@@ -1521,6 +1523,8 @@ def leaves(space, path=()):
         return {"/".join(("obs", *map(str, path))): (path, space)}
     items = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
     found = [leaf for key, inner in items for leaf in leaves(inner, (*path, key)).items()]
+    if len(dict(found)) < len(found):
+        raise UserError(f"two observations have the same name: {', '.join(dict(found))}")
     return dict(sorted(found))
 
 
@@ -1684,7 +1688,7 @@ class Environments:
         return (np.rint(action) if space.dtype.kind in "iu" else action).astype(space.dtype)
 
 
-# ---- 13. Logging, training, evaluation, checkpoint -----------------------------------------------
+# ---- 13. Logging, training, evaluation, looking inside, checkpoint -------------------------------
 
 
 class Logger:
@@ -1730,8 +1734,9 @@ class Logger:
         self.returns, self.rates = deque(maxlen=20), (0.0, 0.0)  # steps, updates a second
 
     def write(self, step, metrics):
-        """One line of scalars: dict of name -> number or 0-d tensor."""
+        """One line of scalars: dict of name -> number or 0-d tensor. JSON knows no nan, infinity."""
         metrics = {name: float(value) for name, value in metrics.items()}
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         line = {"step": step, "time": round(time.time() - self.began, 3)} | metrics
         self.file.write(json.dumps(line) + "\n")
         if self.tensorboard:
@@ -1741,19 +1746,20 @@ class Logger:
             self.wandb.log(metrics, step=step)
 
     def report(self, step, metrics, files):
-        """What `report` found: metrics, and files to look at."""
+        """What `report` found: metrics, and files to look at, a table first, then pictures."""
         self.write(step, metrics)
         self.show(f"step {step:,}  what the model foresees: {', '.join(map(str, files))}")
-        for path in files:
-            name, kind = f"dreams/{path.suffix[1:]}", path.suffix
-            if self.tensorboard and kind in (".png", ".gif"):
-                summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
-                image = summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
-                value = summary.Value(tag=name, image=image)
-                self.tensorboard.file_writer.add_summary(summary(value=[value]), step)
-            if self.wandb and kind in (".png", ".gif"):
-                show = self.wandb.Image if kind == ".png" else self.wandb.Video
-                self.wandb.log({name: show(str(path))}, step=step)
+        for path in files[1:]:  # the pictures
+            name = f"dreams/{path.suffix[1:]}"
+            if self.tensorboard:
+                from tensorboard.compat.proto.summary_pb2 import Summary
+
+                image = Summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
+                value = Summary.Value(tag=name, image=image)
+                self.tensorboard.file_writer.add_summary(Summary(value=[value]), step)
+            if self.wandb:
+                kind = self.wandb.Image if path.suffix == ".png" else self.wandb.Video
+                self.wandb.log({name: kind(str(path))}, step=step)
 
     def episode(self, step, episode_return, length):
         """A finished training episode: raw return, length in agent steps."""
@@ -2003,8 +2009,8 @@ def open_loop(model, steps, seen):
     actions, is_first = steps["prev_action"], steps["is_first"]
     embed = model.encoder(steps["obs"])
     deter, stoch, _ = model.rssm.observe(embed, actions, is_first, steps["deter"], steps["stoch"])
-    states, weights = list(zip(deter.unbind(1), stoch.unbind(1))), model.rssm.weights()
-    del states[seen:]
+    states = list(zip(deter[:, :seen].unbind(1), stoch[:, :seen].unbind(1), strict=True))
+    weights = model.rssm.weights()
     for t in range(seen, actions.shape[1]):
         states.append(model.rssm.imagine_step(*states[-1], actions[:, t], weights))
     foreseen = [torch.stack(x, 1) for x in zip(*states, strict=True)]
@@ -2015,22 +2021,28 @@ def open_loop(model, steps, seen):
 
 @torch.no_grad()
 def critic_calibration(model, feat, steps, args):
-    """The critic's values against the returns of the replayed rewards: metrics.
+    """What the critic says of the next T // 2 replayed steps against their rewards: metrics.
 
-    feat (B, T, F); the returns end with the critic's own value at the end of a sequence.
+    feat (B, T, F). Said of n steps is v[t] - gamma^n v[t+n], or what is left of it when the episode
+    ends before; realised are the discounted rewards. All windows of n steps are taken.
     """
     value = twohot_mean(model.critic(feat), model.bins)
     last = steps["is_last"].to(value.dtype)
     cont = (1 - steps["is_terminal"].to(value.dtype)) * args.gamma
-    returns = lambda_return(steps["reward"], value, cont, last, 1.0)
-    counts = last[:, :-1] == 0  # the last step of an episode has no return of its own
-    value, returns = value[:, :-1][counts], returns[counts]
-    correlation = torch.corrcoef(torch.stack([value, returns]))[0, 1]
+    n = value.shape[1] // 2
+    windows = lambda x: x.unfold(1, n + 1, 1).flatten(0, 1)  # (B (T - n), n + 1)
+    reward, value, cont, last = map(windows, (steps["reward"], value, cont, last))
+    none = torch.zeros_like(value)
+    realised = lambda_return(reward, none, cont, last, 1.0)[:, 0]
+    predicted = value[:, 0] - lambda_return(none, value, cont, last, 1.0)[:, 0]
+    pairs = torch.stack([predicted, realised])[:, last[:, 0] == 0]  # nothing follows an end
+    if pairs.shape[1] < 2:
+        return {}
     return {
-        "report/critic_predicted": value.mean(),
-        "report/critic_realised": returns.mean(),
-        "report/critic_error": (value - returns).square().mean().sqrt(),
-        "report/critic_correlation": correlation.nan_to_num(0.0),  # of what does not vary
+        "report/critic_predicted": pairs[0].mean(),
+        "report/critic_realised": pairs[1].mean(),
+        "report/critic_error": (pairs[0] - pairs[1]).square().mean().sqrt(),
+        "report/critic_correlation": torch.corrcoef(pairs)[0, 1],  # nan if one is constant
     }
 
 
@@ -2043,6 +2055,7 @@ def report(trainer, path):
     """
     args, agent, replay = trainer.args, trainer.agent, trainer.replay
     rng = np.random.default_rng([args.seed, trainer.step])
+    trainer.write_latents()  # of a finite update
     batch, place = replay.read(replay.uniform(rng, args.batch_size))
     steps = agent.after_context(to_device(batch | replay.read_latents(place), agent.device))
     seen, cuda = args.batch_length // 2, agent.device.type == "cuda"
@@ -2055,21 +2068,28 @@ def report(trainer, path):
     # Nobody can foresee the next episode: what comes after its beginning does not count.
     unforeseeable = batch["is_first"][:, 1 + seen :].cumsum(1) > 0  # (B, T - seen)
     ahead = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= args.batch_length - seen]
-    table = [["key", "spread", *map(str, ahead)]]
-    for name, (truth, prediction) in pairs.items():
+    table = [["key", "constant", *map(str, ahead)]]
+    for name, (truth, prediction) in pairs.items() if not unforeseeable.all() else ():
+        counts = truth[:, seen:][~unforeseeable]
+        constant = np.abs(counts - np.median(counts, 0)).mean()
         error = np.abs(prediction - truth)[:, seen:].reshape(*unforeseeable.shape, -1).mean(-1)
         error = np.ma.masked_array(error, unforeseeable)
-        by_step = error.mean(0).filled(np.nan)
-        spread = truth.reshape(-1, *truth.shape[2:]).std(0).mean()
-        table.append([name, *(f"{x:.4g}" for x in (spread, *by_step[np.subtract(ahead, 1)]))])
-        metrics[f"report/error_{name}"] = np.ma.filled(error.mean(), 0.0)
+        by_step = error.mean(0).filled(np.nan)[np.subtract(ahead, 1)]
+        table.append([name, *(f"{x:.4g}" for x in (constant, *by_step))])
+        metrics |= {f"report/error_{name}": error.mean(), f"report/constant_{name}": constant}
     widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
     lines = ["".join(map(str.ljust, row, widths)).rstrip() for row in table]
     lines += ["", f"Mean absolute error, 1, 2, 4 ... steps after the last of {seen} seen ones, of"]
-    lines += [f"{args.batch_size} sequences at step {trainer.step:,}; spread: standard deviation."]
+    lines += [
+        f"{args.batch_size} sequences at step {trainer.step:,}; constant: that of the median."
+    ]
     path.write_text("\n".join(lines) + "\n")
-    arrays = {f"{name}/truth": truth for name, (truth, _) in pairs.items() if name != "image"}
-    arrays |= {f"{name}/prediction": x for name, (_, x) in pairs.items() if name != "image"}
+    arrays = {
+        f"{name}/{kind}": x
+        for name, pair in pairs.items()
+        for kind, x in zip(("truth", "prediction"), pair, strict=True)
+        if name != "image"
+    }
     np.savez(path.with_suffix(".npz"), seen=seen, unforeseeable=unforeseeable, **arrays)
     files = film(*pairs["image"], seen, path) if "image" in pairs else []
     return metrics, [path, *files]
@@ -2079,11 +2099,13 @@ def film(truth, prediction, seen, path, count=4, columns=16):
     """Write images (B, T, h, w, C) in [0, 1] as a strip of some steps and a film of all.
 
     Truth, prediction and error stand below each other, framed green while the model sees and red
-    when it dreams. Of several joined images or frames, the last is shown. Returns the paths.
+    when it dreams. The last three channels are taken for colours if their number is divisible by
+    three, otherwise the last one for grey. Returns the paths.
     """
     channels = 1 if truth.shape[-1] % 3 else 3
-    video = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)[:count]
-    video = np.rint(255 * video[..., -channels:])  # (count, 3, T, h, w, channels)
+    truth, prediction = truth[:count, ..., -channels:], prediction[:count, ..., -channels:]
+    video = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)
+    video = np.rint(255 * video)  # (count, 3, T, h, w, channels)
     frames = np.empty((*video.shape[:3], IMAGE_SIZE + 4, IMAGE_SIZE + 4, 3), np.uint8)
     frames[:, :, :seen], frames[:, :, seen:] = (0, 160, 0), (220, 40, 0)
     frames[..., 2:-2, 2:-2, :] = video
@@ -2307,7 +2329,7 @@ def benchmark(args, device, dtype):
     steps = measure(
         lambda: [trainer.collect_and_train() for _ in range(cycle)], 2, BENCHMARK_SECONDS / 3
     )
-    memory = peak_memory(device) * 1e9 / 2**20
+    memory = peak_memory(device) * 1e3
     matrix = torch.randn(8192 if cuda else 2048, 8192 if cuda else 2048, device=device).to(dtype)
     peak = 2 * len(matrix) ** 3 / measure(lambda: matrix @ matrix, 20, 0).min()  # FLOP a ms
     batch, place = replay.sample()

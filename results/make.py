@@ -1,13 +1,14 @@
 """From runs to the README's figures and tables.
 
     python results/make.py add runs/RUN ... --commit 1234567 --hardware "2 cores of ..."
-    python results/make.py authors ../shared/scores      # the authors' curves, summed up
+    python results/make.py authors FOLDER   # the authors' curves, summed up
     python results/make.py tables                        # writes them into README.md
     python results/make.py figures                       # pip install matplotlib
 
-`add` appends each run to <task>.json, a list in the authors' format: task, method, seed, xs
+`add` puts each run into results/<task>.json, a list in the authors' format: task, method, seed, xs
 (environment frames, all environments together) and ys (returns of training episodes), and beside it
-what it takes to repeat the run. All paths are relative to this folder, but for what is read.
+what it takes to repeat the run. The authors' curves are the folder `scores` of their repository,
+github.com/danijar/dreamerv3; authors.json keeps what the figure needs of them.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import gzip
 import importlib
 import json
 import re
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -32,23 +34,32 @@ ENOUGH = 100_000  # frames of the authors' curves that are kept
 
 def task_name(env_id):
     """The authors' name of a task they have, otherwise the environment's id without a version."""
-    name = env_id.split(":")[-1].rsplit("-v", 1)[0]
-    for prefix, short in (("ALE/", "atari_"), ("dm_control/", "dmc_")):
-        if name.startswith(prefix):
-            name = short + re.sub("(?<=[a-z])(?=[A-Z])", "_", name.removeprefix(prefix)).lower()
-    return name.replace("-", "_").lower()
+    name = re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+    if name.startswith("ALE/"):
+        name = "atari_" + re.sub(r"(?<!^)(?=[A-Z])", "_", name.removeprefix("ALE/"))
+    return name.replace("dm_control/", "dmc_").replace("-", "_").lower()
+
+
+def flag(name, value):
+    """A setting as the command line takes it."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
 
 
 def read_run(folder, commit, hardware):
     """A run's folder -> its entry in <task>.json."""
     sys.path.insert(0, str(HERE.parent))
-    defaults = asdict(importlib.import_module("dreamer_v3").Args())
-    args = json.loads((folder / "args.json").read_text())
-    changed = {k: v for k, v in args.items() if v != defaults.get(k) and k != "exp_name"}
-    quoted = {k: f"'{v}'" if k == "env_kwargs" else v for k, v in changed.items()}
-    flags = (f"--{k.replace('_', '-')} {v}" for k, v in quoted.items())
+    dreamer_v3 = importlib.import_module("dreamer_v3")
+    checkpoint = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
+    args, defaults = asdict(checkpoint["args"]), asdict(dreamer_v3.Args())
+    elsewhere = (
+        "exp_name run_dir resume track wandb_project_name wandb_entity capture_video".split()
+    )
+    changed = {k: v for k, v in args.items() if v != defaults[k] and k not in elsewhere}
     frameskip = json.loads(args["env_kwargs"]).get("frameskip", 4)
-    frames = frameskip if "ALE/" in args["env_id"] else args.get("action_repeat", 1)
+    frames = frameskip if "ALE/" in args["env_id"] else args["action_repeat"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     episodes = [line for line in lines if "charts/episodic_return" in line]
     key, spread = "eval/episodic_return", "eval/episodic_return_std"
@@ -68,13 +79,14 @@ def read_run(folder, commit, hardware):
             ]
             for line in evaluations
         ],
-        "steps": lines[-1]["step"],
+        "sampled": args["eval_sample"],
+        "steps": checkpoint["step"],
         "asked": args["total_timesteps"],
-        "frames": frames * lines[-1]["step"],
-        "updates": int(max(line.get("charts/updates", 0) for line in lines)),
+        "frames": frames * checkpoint["step"],
+        "updates": checkpoint["updates"],
         "seconds": round(lines[-1]["time"]),
         "size": args["size"],
-        "command": f"python dreamer_v3.py {' '.join(flags)}",
+        "command": f"python dreamer_v3.py {' '.join(flag(*item) for item in changed.items())}",
         "commit": commit,
         "hardware": hardware,
     }
@@ -155,7 +167,7 @@ def numbers(tasks):
 
 
 def table_authors():
-    """Training returns beside the authors', in the last full bin of frames."""
+    """Training returns beside the authors', in the last bin that all seeds have."""
     rows = ["| task | frames | authors, mean (range) | this file, each seed | at the end, greedy |"]
     rows[0] += " updates | minutes | commit | command |"
     rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
@@ -163,9 +175,16 @@ def table_authors():
     for task, curve in published.items():
         for command, runs in by_command(tasks[task]).items():
             ours = [binned(run["xs"], run["ys"]) for run in runs]
-            last = max(i for i, column in enumerate(zip(*ours, strict=True)) if None not in column)
+            full = [i for i, column in enumerate(zip(*ours, strict=True)) if None not in column]
+            if not full:
+                continue
+            last = full[-1]
             low, mean, high = (f"{curve[name][last]:.4g}" for name in ("least", "mean", "most"))
-            greedy = (f"{run['evaluations'][-1][1]:.4g}" for run in runs if run["evaluations"])
+            greedy = (
+                f"{run['evaluations'][-1][1]:.4g}{' (sampled)' if run['sampled'] else ''}"
+                for run in runs
+                if run["evaluations"]
+            )
             rows.append(
                 f"| {task} | {BIN * last:,} - {BIN * (last + 1):,} | {mean} ({low} - {high}), "
                 f"{curve['seeds']} seeds | {' / '.join(f'{x[last]:.4g}' for x in ours)} "
@@ -238,14 +257,15 @@ def table_growth():
 
 def table_quick():
     """Minutes and returns of the commands of the section on use."""
-    rows = ["| task | steps | minutes | return, each seed (greedy, 20 episodes) |"]
-    rows += ["| --- | --- | --- | --- |"]
+    rows = ["| task | steps | minutes | return, each seed (greedy, 20 episodes) | command |"]
+    rows += ["| --- | --- | --- | --- | --- |"]
     tasks, published = load()
     for task, runs in tasks.items():
-        for same in by_command(runs).values() if task not in published else ():
+        for command, same in by_command(runs).items() if task not in published else ():
             if all(run["steps"] >= run["asked"] for run in same):  # others were stopped
                 last = " / ".join(f"{run['evaluations'][-1][1]:.0f}" for run in same)
-                rows.append(f"| {task} | {same[0]['steps']:,} | {minutes(same)} | {last} |")
+                row = f"| {task} | {same[0]['steps']:,} | {minutes(same)} | {last} "
+                rows.append(f"{row}| [{numbers(tasks)[command]}](#results) |")
     return rows
 
 
@@ -263,7 +283,7 @@ def write_tables(text):
 
 
 def figures():
-    """curves.png: each task, ours (one line a seed) on the authors' range; classic.png."""
+    """curves.png: each task, a line a run; where there are, on the authors' mean and range."""
     plt = importlib.import_module("matplotlib.pyplot")
     tasks, published = load()
     panels = [(task, published.get(task), runs) for task, runs in tasks.items()]
@@ -299,7 +319,10 @@ def figures():
                     label = f"greedy, command {numbers(tasks)[command]}"
                     axis.plot(xs, ys, "o-", color=f"C{3 + color}", ms=3, alpha=0.7, label=label)
             axis.set_xlabel("steps", fontsize=8)
-        axis.set_title(f"{task} ({len(runs)} seed{'s' * (len(runs) > 1)})", fontsize=9)
+        seeds = len({run["seed"] for run in runs})
+        axis.set_title(f"{task} ({seeds} seed{'s' * (seeds > 1)})", fontsize=9)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axis.tick_params(labelsize=7)
         handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         axis.legend(handles.values(), handles.keys(), fontsize=7, frameon=False)
