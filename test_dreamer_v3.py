@@ -2100,16 +2100,78 @@ def test_readme_environment(tmp_path, monkeypatch):
         assert [x[1] for x in results] == [0, 0, 0, 0, right] and results[-1][2]
 
 
-def test_readme_tables():
-    """Every table made from results/ is in the README as the script makes it now."""
+def load_results_script():
+    """results/make.py as a module."""
     path = Path(dreamer_v3.__file__).parent / "results/make.py"
     spec = importlib.util.spec_from_file_location("make", path)
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_tables():
+    """Every table made from results/ is in the README as the script makes it now."""
+    make = load_results_script()
     assert make.write_tables(README) == README
     assert README.count("<!-- table ") == len([name for name in vars(make) if name[:6] == "table_"])
     for name in re.findall(r"\]\((results/[\w.]*)\)", README):
-        assert (path.parents[1] / name).exists(), name
+        assert (Path(dreamer_v3.__file__).parent / name).exists(), name
+
+
+def test_results_script(tmp_path):
+    """A run becomes a curve, and a command that is the same run; tables and figure are made."""
+    here = Path(dreamer_v3.__file__).parent
+    for name in ("README.md", "dreamer_v3.py", "results"):
+        copy_of = shutil.copytree if name == "results" else shutil.copy
+        copy_of(here / name, tmp_path / name)
+
+    def make(*words):
+        """Run the script."""
+        command = [sys.executable, "results/make.py", *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    make("tables")
+    assert (tmp_path / "README.md").read_text() == README
+    changes = dict(num_envs=2, seed=7, action_repeat=2, async_envs=True, save_replay=False)
+    changes |= dict(eval_episodes=2, gamma=0.9, env_id="CartPole-v1", total_timesteps=60)
+    run = short_run(dreamer_v3, tmp_path / "runs", **changes)
+    make("add", run, "--commit", "abc", "--hardware", "a machine")
+    make("add", run, "--commit", "abc", "--hardware", "a machine")  # once, not twice
+    entries = json.loads((tmp_path / "results/cartpole.json").read_text())
+    (entry,) = (entry for entry in entries if entry["commit"] == "abc")
+    lines = [line for line in read_metrics(run) if "charts/episodic_return" in line]
+    assert entry["xs"] == [2 * line["step"] for line in lines] and len(lines) > 1
+    close(entry["ys"], [line["charts/episodic_return"] for line in lines], atol=1e-4)
+    expected = dict(task="cartpole", seed=7, steps=60, frames=120, asked=60, hardware="a machine")
+    assert expected.items() <= entry.items()
+    ((frame, mean, _, episodes),) = entry["evaluations"]
+    assert (frame, episodes) == (120, 2) and mean > 0 and entry["updates"] > 0
+    words = shlex.split(entry["command"])
+    assert words[:2] == ["python", "dreamer_v3.py"]
+    args = dreamer_v3.load_checkpoint(run / "checkpoint.pt")["args"]
+    assert tyro.cli(Args, args=words[2:]) == replace(args, run_dir="runs")
+    make("tables")
+    assert entry["command"].replace(" --seed 7", "") in (tmp_path / "README.md").read_text()
+    if importlib.util.find_spec("matplotlib"):  # pip install matplotlib
+        (tmp_path / "results/curves.png").unlink()
+        make("figures")
+        assert (tmp_path / "results/curves.png").stat().st_size > 10_000
+
+
+def test_results_against_the_authors():
+    """Frames are put into the authors' bins, tasks get the authors' names."""
+    make = load_results_script()
+    names = {
+        "ALE/MsPacman-v5": "atari_ms_pacman",
+        "ALE/UpNDown-v5": "atari_up_n_down",
+        "ALE/KungFuMaster-v5": "atari_kung_fu_master",
+        "shimmy:dm_control/ball_in_cup-catch-v0": "dmc_ball_in_cup_catch",
+        "my-vehicle-v3": "my_vehicle",
+    }
+    assert {name: make.task_name(name) for name in names} == names
+    xs, ys = [1, 10_000, 10_001, 25_000, 40_000, 999_999], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]
+    assert make.binned(xs, ys, 50_000) == [2.0, 5.0, 7.0, 9.0, None]
 
 
 def test_equations_are_found():
