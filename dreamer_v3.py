@@ -1748,7 +1748,8 @@ class Logger:
     def report(self, step, metrics, files):
         """What `report` found: metrics, and files to look at, a table first, then pictures."""
         self.write(step, metrics)
-        self.show(f"step {step:,}  what the model foresees: {', '.join(map(str, files))}")
+        kinds = ", ".join(path.suffix for path in files)
+        self.show(f"step {step:,}  what the model foresees: {files[0].with_suffix('')} ({kinds})")
         for path in files[1:]:  # the pictures
             name = f"dreams/{path.suffix[1:]}"
             if self.tensorboard:
@@ -2083,7 +2084,7 @@ def report(trainer, path):
     lines += [
         f"{args.batch_size} sequences at step {trainer.step:,}; constant: that of the median."
     ]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     arrays = {
         f"{name}/{kind}": x
         for name, pair in pairs.items()

@@ -3484,7 +3484,7 @@ def test_report_of_a_run(tmp_path, capsys):
     dreamer_v3.main(replace(args, total_timesteps=90, report_every=80, buffer_size=500))
     (folder,) = tmp_path.iterdir()
     assert {path.stem for path in (folder / "dreams").iterdir()} == {"step_80", "step_90"}
-    assert str(folder / "dreams/step_90.png") in capsys.readouterr().out
+    assert f"{folder / 'dreams/step_90'} (.txt, .png" in capsys.readouterr().out
     lines = read_metrics(folder)
     (report,) = (line for line in lines if line["step"] == 80 and "report/critic_error" in line)
     rows = (folder / "dreams/step_80.txt").read_text().split("\n\n")[0].splitlines()

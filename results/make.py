@@ -262,7 +262,7 @@ def table_quick():
     tasks, published = load()
     for task, runs in tasks.items():
         for command, same in by_command(runs).items() if task not in published else ():
-            if all(run["steps"] >= run["asked"] for run in same):  # others were stopped
+            if len(same) > 1:  # what was tried once is in the other tables
                 last = " / ".join(f"{run['evaluations'][-1][1]:.0f}" for run in same)
                 row = f"| {task} | {same[0]['steps']:,} | {minutes(same)} | {last} "
                 rows.append(f"{row}| [{numbers(tasks)[command]}](#results) |")
