@@ -288,37 +288,29 @@ def figures():
     tasks, published = load()
     panels = [(task, published.get(task), runs) for task, runs in tasks.items()]
     panels.sort(key=lambda panel: panel[1] is None)
-    columns = 3
-    fig, axes = plt.subplots(
-        -(-len(panels) // columns), columns, figsize=(10.5, 2.6 * -(-len(panels) // columns))
-    )
+    rows = -(-len(panels) // 3)
+    fig, axes = plt.subplots(rows, 3, figsize=(10.5, 2.6 * rows))
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (task, curve, runs) in zip(axes.flat, panels, strict=False):
         if curve:
             end = 2 * max(run["frames"] for run in runs)
-            keep = [
-                i
-                for i, x in enumerate(curve["frames"])
-                if x <= end and curve["mean"][i] is not None
-            ]
-            xs, mean, least, most = (
-                [curve[name][i] for i in keep] for name in ("frames", "mean", "least", "most")
-            )
+            columns = zip(*(curve[x] for x in ("frames", "mean", "least", "most")), strict=True)
+            columns = [column for column in columns if column[0] <= end and None not in column]
+            xs, mean, least, most = zip(*columns, strict=True)
             axis.fill_between(xs, least, most, color="0.85", lw=0)
             axis.plot(xs, mean, color="0.45", label=f"authors, {curve['seeds']} seeds")
-            for run in runs:
-                ys = binned(run["xs"], run["ys"])
-                points = [(BIN * (i + 1), y) for i, y in enumerate(ys) if y is not None]
-                axis.plot(*zip(*points, strict=True), "o-", color="C3", ms=3, label="this file")
-            axis.set_xlabel("frames", fontsize=8)
-        else:
-            for color, (command, same) in enumerate(reversed(by_command(runs).items())):
-                for run in same:
-                    xs, ys, _, _ = zip(*run["evaluations"], strict=True)
-                    label = f"greedy, command {numbers(tasks)[command]}"
-                    axis.plot(xs, ys, "o-", color=f"C{3 + color}", ms=3, alpha=0.7, label=label)
-            axis.set_xlabel("steps", fontsize=8)
+        for color, (command, same) in enumerate(reversed(by_command(runs).items())):
+            for run in same:
+                if curve:
+                    means = enumerate(binned(run["xs"], run["ys"]), 1)
+                    points = [(BIN * i, mean) for i, mean in means if mean is not None]
+                else:
+                    points = [(frames, mean) for frames, mean, _, _ in run["evaluations"]]
+                label = f"command {numbers(tasks)[command]}{'' if curve else ', greedy'}"
+                style = dict(color=f"C{(3 + color) % 10}", ms=3, alpha=0.8, label=label)
+                axis.plot(*zip(*points, strict=True), "o-", **style)
+        axis.set_xlabel("frames" if curve else "steps", fontsize=8)
         seeds = len({run["seed"] for run in runs})
         axis.set_title(f"{task} ({seeds} seed{'s' * (seeds > 1)})", fontsize=9)
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
