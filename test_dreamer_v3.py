@@ -2431,9 +2431,9 @@ def detached_replay_critic(original, model, feat, *rest):
     return original(model, feat.detach(), *rest)
 
 
-def without_clipping(original, self, params, exact, args):
+def without_clipping(original, self, owners, params, exact, args):
     """No adaptive gradient clipping."""
-    original(self, params, exact, dreamer_v3.replace(args, agc_clip=1e9))
+    original(self, owners, params, exact, dreamer_v3.replace(args, agc_clip=1e9))
 
 
 def adam(original, self):
@@ -2853,7 +2853,8 @@ def test_replay_in_memory(tmp_path):
     settings = dict(env_id="TestCounting-v0", run_dir=str(tmp_path), save_replay=False)
     dreamer_v3.main(tiny(**settings))
     (folder,) = tmp_path.iterdir()
-    assert {x.name for x in folder.iterdir()} == {"args.json", "checkpoint.pt", "metrics.jsonl"}
+    files = {"args.json", "checkpoint.pt", "dreams", "metrics.jsonl"}
+    assert {x.name for x in folder.iterdir()} == files
     args = replace(tiny(**settings), resume=str(folder), total_timesteps=80)
     dreamer_v3.main(args)
     assert dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["step"] == 80
@@ -4017,6 +4018,18 @@ METRICS = [  # the order of PARITY[case][run]["metrics"]
 LOSSES = {"reward": "rew", "cont": "con", "actor": "policy", "critic": "value"}
 
 
+def in_nats(metrics, model):
+    """Metrics with the authors' entropies: ours are shares of their ranges."""
+    policy = model.actor(torch.zeros(model.actor.mlp[0][0].in_features))
+    stoch, classes = model.rssm.stoch_shape
+    limits = {"behaviour/policy_entropy": policy.entropy_limits()}
+    limits |= dict.fromkeys(
+        ("latents/posterior_entropy", "latents/prior_entropy"), (0.0, stoch * math.log(classes))
+    )
+    nats = {name: least + metrics[name] * (most - least) for name, (least, most) in limits.items()}
+    return metrics | nats
+
+
 @pytest.mark.parametrize("case, run", RUNS)
 def test_losses_and_gradients(case, run, precision, most_likely, monkeypatch):
     """Each loss, the metrics, the return range and each network's gradient are the authors'."""
@@ -4030,14 +4043,7 @@ def test_losses_and_gradients(case, run, precision, most_likely, monkeypatch):
     assert losses.keys() == golden["loss"].keys()
     for name, x in golden["loss"].items():
         agrees(losses[name], x, tol)
-    policy = agent.model.actor(torch.zeros(agent.model.actor.mlp[0][0].in_features))
-    least, most = policy.entropy_limits()
-    maximum = math.log(agent.model.rssm.stoch_shape[1]) * agent.model.rssm.stoch_shape[0]
-    metrics["behaviour/policy_entropy"] = (
-        metrics["behaviour/policy_entropy"] * (most - least) + least
-    )
-    for name in ("latents/posterior_entropy", "latents/prior_entropy"):  # here nats, not shares
-        metrics[name] = metrics[name] * maximum
+    metrics = in_nats(metrics, agent.model)
     for name, x in zip(METRICS, golden["metrics"], strict=True):
         agrees(metrics[name].item(), x, tol)
     agrees(total.item(), golden["total"][0], tol)
@@ -4116,6 +4122,7 @@ def test_replay_context(float64, most_likely, monkeypatch):
     batch["deter"][1, 0], batch["stoch"][1, 0] = deter[1], stoch[1].argmax(-1)
     batch["deter"], batch["stoch"] = batch["deter"][:, 0], batch["stoch"][:, 0]
     metrics, deter, stoch = agent.train_step(batch)
+    metrics = in_nats(metrics, agent.model)
     for name, x in CONTEXT["metrics"].items():
         agrees(metrics[name].item(), x, 1e-9)
     assert deter.dtype == torch.float16 and stoch.dtype == torch.uint8
