@@ -197,8 +197,8 @@ def table_authors():
 
 def table_classic():
     """Greedy evaluations of tasks that the authors have not published."""
-    rows = ["| task | seed | steps: return | last, +- standard error | best | updates | minutes |"]
-    rows[0] += " commit | command |"
+    rows = ["| task | seed | environment steps: return | last, +- standard error | best |"]
+    rows[0] += " updates | minutes | commit | command |"
     rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     tasks, published = load()
     for task, runs in tasks.items():
@@ -310,7 +310,7 @@ def figures():
                 label = f"command {numbers(tasks)[command]}{'' if curve else ', greedy'}"
                 style = dict(color=f"C{(3 + color) % 10}", ms=3, alpha=0.8, label=label)
                 axis.plot(*zip(*points, strict=True), "o-", **style)
-        axis.set_xlabel("frames" if curve else "steps", fontsize=8)
+        axis.set_xlabel("frames" if curve else "environment steps", fontsize=8)
         seeds = len({run["seed"] for run in runs})
         axis.set_title(f"{task} ({seeds} seed{'s' * (seeds > 1)})", fontsize=9)
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
