@@ -2033,9 +2033,9 @@ def critic_calibration(model, feat, steps, args):
     n = value.shape[1] // 2
     windows = lambda x: x.unfold(1, n + 1, 1).flatten(0, 1)  # (B (T - n), n + 1)
     reward, value, cont, last = map(windows, (steps["reward"], value, cont, last))
-    none = torch.zeros_like(value)
-    realised = lambda_return(reward, none, cont, last, 1.0)[:, 0]
-    predicted = value[:, 0] - lambda_return(none, value, cont, last, 1.0)[:, 0]
+    zeros = torch.zeros_like(value)
+    realised = lambda_return(reward, zeros, cont, last, 1.0)[:, 0]
+    predicted = value[:, 0] - lambda_return(zeros, value, cont, last, 1.0)[:, 0]
     pairs = torch.stack([predicted, realised])[:, last[:, 0] == 0]  # nothing follows an end
     if pairs.shape[1] < 2:
         return {}

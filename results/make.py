@@ -152,6 +152,12 @@ def minutes(runs):
     return f"{times[0]}" if times[0] == times[-1] else f"{times[0]} - {times[-1]}"
 
 
+def stopped(runs):
+    """Where runs were stopped before the end that their command asks for, as text."""
+    ends = [f"{run['steps']:,}" for run in runs if run["steps"] < run["asked"]]
+    return f", stopped at step {', '.join(ends)}" if ends else ""
+
+
 def by_command(runs):
     """Runs that differ in nothing but the seed: command without seed -> runs."""
     groups = {}
@@ -190,7 +196,7 @@ def table_authors():
                 f"{curve['seeds']} seeds | {' / '.join(f'{x[last]:.4g}' for x in ours)} "
                 f"| {' / '.join(greedy)} | {runs[0]['updates']:,} | {minutes(runs)} "
                 f"| {', '.join(sorted({run['commit'] for run in runs}))} "
-                f"| {numbers(tasks)[command]} |"
+                f"| {numbers(tasks)[command]}{stopped(runs)} |"
             )
     return rows
 
@@ -204,14 +210,13 @@ def table_classic():
     for task, runs in tasks.items():
         for run in () if task in published else runs:
             steps = ", ".join(f"{x:,}: {y:.0f}" for x, y, _, _ in run["evaluations"])
-            steps += "" if run["steps"] >= run["asked"] else f" (stopped at {run['steps']:,})"
             _, mean, std, episodes = run["evaluations"][-1]
             best = max(y for _, y, _, _ in run["evaluations"])
             number = numbers(tasks)[re.sub(r" --seed \d+", "", run["command"])]
             rows.append(
                 f"| {task} | {run['seed']} | {steps} | **{mean:.0f}** +- "
                 f"{std / (episodes - 1) ** 0.5:.1f} | {best:.0f} | {run['updates']:,} "
-                f"| {minutes([run])} | {run['commit']} | {number} |"
+                f"| {minutes([run])} | {run['commit']} | {number}{stopped([run])} |"
             )
     return rows
 
