@@ -299,7 +299,7 @@ def figures():
         axis.axis("off")
     for axis, (task, curve, runs) in zip(axes.flat, panels, strict=False):
         if curve:
-            end = 2 * max(run["frames"] for run in runs)
+            end = BIN + 2 * max(x for run in runs for x in run["xs"])
             columns = zip(*(curve[x] for x in ("frames", "mean", "least", "most")), strict=True)
             columns = [column for column in columns if column[0] <= end and None not in column]
             xs, mean, least, most = zip(*columns, strict=True)
