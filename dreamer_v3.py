@@ -305,7 +305,7 @@ class Categoricals:
         return sum(-(x.exp() * x).sum(-1) for x in self.log_probs)
 
     def entropy_limits(self):
-        """Of a certain and of a uniform policy."""
+        """Bounds of the entropy, in nats: a certain policy (without unimix), a uniform one."""
         return 0.0, sum(map(math.log, self.classes))
 
 
@@ -333,7 +333,7 @@ class BoundedNormals:
         return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
     def entropy_limits(self):
-        """At the smallest and at the largest deviation."""
+        """Bounds of the entropy, in nats: at the smallest and at the largest deviation."""
         unit = 0.5 * math.log(2 * math.pi * math.e)
         return tuple(self.std.shape[-1] * (math.log(std) + unit) for std in (0.1, 1.0))
 
@@ -1426,9 +1426,9 @@ def make_envs(args, num_envs, video=None):
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)  # `Guard` checks
         if video:
             env = gym.wrappers.RecordVideo(env, str(video), lambda episode: True)
-        return Guard(
-            ActionRepeat(env, args.action_repeat) if args.action_repeat > 1 else env, index
-        )
+        if args.action_repeat > 1:
+            env = ActionRepeat(env, args.action_repeat)
+        return Guard(env, index)
 
     try:
         module, _, name = args.env_id.rpartition(":")
@@ -2080,10 +2080,9 @@ def report(trainer, path):
         metrics |= {f"report/error_{name}": error.mean(), f"report/constant_{name}": constant}
     widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
     lines = ["".join(map(str.ljust, row, widths)).rstrip() for row in table]
+    sequences = f"{args.batch_size} sequences at step {trainer.step:,}"
     lines += ["", f"Mean absolute error, 1, 2, 4 ... steps after the last of {seen} seen ones, of"]
-    lines += [
-        f"{args.batch_size} sequences at step {trainer.step:,}; constant: that of the median."
-    ]
+    lines += [f"{sequences}; constant: that of the median."]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     arrays = {
         f"{name}/{kind}": x

@@ -2043,9 +2043,8 @@ def test_readme_snippet(tmp_path, capsys):
     assert "runs/RUN" in snippet
     capsys.readouterr()
     exec(snippet.replace("runs/RUN", str(folder)), {})
-    (word, number), args = capsys.readouterr().out.split(), None
-    args = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")["args"]
-    assert word == "return" and 8 <= float(number) <= 500 and args.env_id == "CartPole-v1"
+    word, number = capsys.readouterr().out.split()
+    assert word == "return" and 8 <= float(number) <= 500  # CartPole falls after 8 steps at least
 
 
 def test_readme_encoder(tmp_path, monkeypatch):
