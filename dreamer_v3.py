@@ -1734,7 +1734,7 @@ class Logger:
         self.returns, self.rates = deque(maxlen=20), (0.0, 0.0)  # steps, updates a second
 
     def write(self, step, metrics):
-        """One line of scalars: dict of name -> number or 0-d tensor. JSON knows no nan, infinity."""
+        """One line of scalars, those that are finite: dict of name -> number or 0-d tensor."""
         metrics = {name: float(value) for name, value in metrics.items()}
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         line = {"step": step, "time": round(time.time() - self.began, 3)} | metrics
