@@ -1,9 +1,9 @@
 """DreamerV3 in one file: a world model learned from replay, an actor and a critic trained in it.
 
 Paper: Hafner, Pasukonis, Ba, Lillicrap, "Mastering diverse control tasks through world models"
-(Nature 2025). Equations are numbered as in arXiv:2301.04104v2. The numbers are checked against the
-authors' JAX code, github.com/danijar/dreamerv3 at commit e3f0224 ("the reference"). [D1] ... [D25]
-mark details of it that the paper does not spell out; the README explains them.
+(Nature 2025). Equations are numbered as in arXiv:2301.04104v2. The tests compare results with those
+of the authors' JAX code, github.com/danijar/dreamerv3 at commit e3f0224 ("the reference").
+[D1] ... [D25] mark details of it that the paper does not spell out; the README explains them.
 
     python dreamer_v3.py --env-id ALE/MsPacman-v5
     python dreamer_v3.py --env-id CartPole-v1 --size 1m --num-envs 4 --total-timesteps 10000
@@ -18,19 +18,18 @@ w pixels. Batch comes before time.
 Paper to code: x obs; enc(x) embed; a action; h deter; z stoch; s = {h, z} feat; r reward; c cont;
 R returns; S return_scale; sg(.) detach(); eta ent_coef; phi world model, theta actor, psi critic.
 
-What the replay holds: one column is one entry, a new episode begins at `|`.
+The replay holds this table. One column is one agent step. A new episode begins at `|`.
 
     t            0    1    2    3  |  0
     obs          x0   x1   x2   x3 |  x0'    x3 is the last observation of its episode
-    action       a0   a1   a2   -  |  a0'    chosen AT obs[t]; nothing (zeros) at the last one
+    action       a0   a1   a2   -  |  a0'    chosen AT obs[t]; zeros at the last one
     reward       0    r1   r2   r3 |  0      received on ARRIVING at obs[t]
     is_first     1    0    0    0  |  1      the RSSM forgets its state and the action before
     is_last      0    0    0    1  |  0      the episode ends here, whatever the cause
     is_terminal  0    0    0    1  |  0      it ends by itself; 0 if it was cut off (truncated)
 
-Sections: 1 arguments, 2 transformations, 3 distributions, 4 layers, 5 encoder and decoder, 6 RSSM,
-7 world model, 8 behaviour, 9 optimizer, 10 agent, 11 replay, 12 environments, 13 logging, training,
-evaluation, looking inside, checkpoint, 14 main.
+An agent step is one decision; the last observation of an episode counts as one, too. It may take
+several environment frames (--action-repeat, the frameskip of Atari).
 """
 
 import contextlib
@@ -40,7 +39,6 @@ import datetime
 import functools
 import importlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -51,11 +49,10 @@ import shutil
 import signal
 import struct
 import sys
-import tempfile
 import time
 import warnings
 import zlib
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -67,81 +64,58 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 # ---- 1. Arguments (paper: Extended Data Tables 3 and 4) ------------------------------------------
 
-# Network sizes of the paper; all have S = 32 latent variables and G = 8 blocks.
+# Network sizes of the paper: deter (D), from which the other widths follow (see `Args.network`).
 SIZES = {
-    "1m": dict(deter=512, hidden=64, classes=4, depth=4, units=64),
-    "12m": dict(deter=2048, hidden=256, classes=16, depth=16, units=256),
-    "25m": dict(deter=3072, hidden=384, classes=24, depth=24, units=384),
-    "50m": dict(deter=4096, hidden=512, classes=32, depth=32, units=512),
-    "100m": dict(deter=6144, hidden=768, classes=48, depth=48, units=768),
-    "200m": dict(deter=8192, hidden=1024, classes=64, depth=64, units=1024),
-    "400m": dict(deter=12288, hidden=1536, classes=96, depth=96, units=1536),
-}
+    "1m": 512, "12m": 2048, "25m": 3072, "50m": 4096, "100m": 6144, "200m": 8192, "400m": 12288,
+}  # fmt: skip
 
 
 @dataclass
 class Args:
     """Hyperparameters; the comments are the help of the command line."""
 
-    exp_name: str = "dreamer_v3"  # Name of the experiment, part of the run directory's name.
+    exp_name: str = "dreamer_v3"  # Name of the experiment, part of the run folder's name.
     seed: int = 1  # Seed of environments, networks, sampling and replay.
-    # Prefer deterministic torch kernels: slower; equal seeds give more nearly equal runs on a GPU.
-    torch_deterministic: bool = False
-    cuda: bool = True  # Train on the GPU if there is one; otherwise on the CPU.
-    # Type of matrix products and convolutions; auto: bfloat16 on devices that have it.
-    # All else is float32: parameters, norms, distributions, losses, optimizer.
+    torch_deterministic: bool = False  # Prefer deterministic torch kernels; they are slower.
+    cuda: bool = True  # Train on the GPU if there is one, otherwise on the CPU.
+    # Type of matrix products and convolutions in an update. auto: bfloat16 where it is fast.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Fuse the networks' elementwise work with torch.compile: the first update takes a minute or two
-    # longer, the others a fraction of the time. Without a compiler, training runs without it. On a
-    # GPU, also capture updates and actions as CUDA graphs.
-    compile: bool = True
+    compile: bool = True  # Use torch.compile; the first update takes a minute or two longer.
+    cudagraphs: bool = True  # On a GPU, capture updates and actions as CUDA graphs.
     run_dir: str = "runs"  # The run makes its own folder <env>__<exp>__<seed>__<time> in this one.
-    track: bool = False  # Log to Weights & Biases too (pip install wandb).
+    track: bool = False  # Log to Weights & Biases too (pip install wandb tensorboard).
     wandb_project_name: str = "dreamer_v3"  # Project of Weights & Biases.
     wandb_entity: str | None = None  # Team of Weights & Biases; by default your own account.
-    # Record a video of one episode at every evaluation (pip install moviepy).
-    capture_video: bool = False
-    # Evaluate this checkpoint.pt, in the environment it was trained in, instead of training.
-    evaluate: str | None = None
-    # Go on with the run in this folder. Its arguments hold; the number of steps and what concerns
-    # logging, evaluation and device may be given anew.
+    capture_video: bool = False  # Record an episode at every evaluation (pip install moviepy).
+    evaluate: str | None = None  # Evaluate this checkpoint.pt instead of training.
+    # Go on with the run in this folder. Flags of length, logging, evaluation, device may change.
     resume: str | None = None
-    # Measure speed and memory instead of training; the last line printed is a JSON object.
-    benchmark: bool = False
 
-    # Gymnasium id, after the module that registers it if it needs one: `module:Name-v0`.
+    # Gymnasium id. If a module registers it, the module comes first: `module:Name-v0`.
     env_id: str = "ALE/MsPacman-v5"
     # Options of the environment, a JSON object: '{"repeat_action_probability": 0.0}'.
     env_kwargs: str = "{}"
-    # Environment steps that each action lasts, their rewards added up; Atari has its own 4 frames.
-    action_repeat: int = 1
-    # Agent decisions to train for, over all environments, resets included.
-    total_timesteps: int = 100_000
+    action_repeat: int = 1  # Environment frames per agent step; Atari has its own frameskip.
+    total_timesteps: int = 100_000  # Agent steps to train for, over all environments.
     num_envs: int = 1  # Environments stepped together.
-    # Step each environment in a process of its own (Atari always runs in threads of ale-py).
-    async_envs: bool = False
+    async_envs: bool = False  # Each environment in its own process (Atari: always in threads).
 
-    buffer_size: int = 5_000_000  # Capacity of the replay in steps.
-    # Keep the replay in a file of the run's folder, which grows as it fills; otherwise in memory.
-    save_replay: bool = True
+    buffer_size: int = 5_000_000  # Capacity of the replay in agent steps.
     batch_size: int = 16  # Sequences in a batch (B).
-    batch_length: int = 64  # Steps in a sequence (T); one more before them serves as context.
-    # Replayed steps per environment step: an update every batch_size * batch_length / train_ratio
-    # steps.
+    batch_length: int = 64  # Agent steps in a sequence (T); one more before them is context.
+    # Replayed steps per agent step: an update every batch_size * batch_length / train_ratio steps.
     train_ratio: float = 128.0
-    eval_every: int = 25_000  # Environment steps between evaluations; 0: only one, at the end.
+    eval_every: int = 25_000  # Agent steps between evaluations; 0: only one, at the end.
     eval_episodes: int = 10  # Episodes of an evaluation; 0: never evaluate.
     eval_sample: bool = False  # Evaluate with sampled actions instead of the most likely ones.
-    log_every: int = 1_000  # Environment steps between two lines of training metrics.
-    save_every: int = 10_000  # Environment steps between checkpoints.
-    # Environment steps between looks at what the model foresees (folder `dreams`); 0: never.
-    report_every: int = 10_000
+    log_every: int = 1_000  # Agent steps between two lines of training metrics.
+    save_every: int = 10_000  # Agent steps between checkpoints.
+    report_every: int = 10_000  # Agent steps between pictures of predictions; 0: never.
 
-    # Network size: a row of the paper's table. The next five flags change one number of it.
+    # Network size of the paper's table. Each of the next five flags changes one number of it.
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
     deter: int | None = None  # Width of the recurrent state (D).
     hidden: int | None = None  # Width of the hidden layers of the RSSM.
@@ -149,40 +123,54 @@ class Args:
     depth: int | None = None  # Base number of convolution channels.
     units: int | None = None  # Width of the multilayer perceptrons of vectors and heads (U).
     stoch: int = 32  # Latent variables (S).
-    blocks: int = 8  # Blocks of the recurrent weights (G); must divide deter.
-    free_nats: float = 1.0  # Nats below which dynamics and representation losses do not push.
-    unimix: float = 0.01  # Share of the uniform distribution in those of the latent variables.
+    blocks: int = 8  # Blocks of the recurrent weights (G); G and 8 must divide deter.
+    # Free bits: the KL, summed over latents, is clamped to at least this at every step, in nats.
+    free_nats: float = 1.0
+    unimix: float = 0.01  # Fraction of uniform probability mixed into every latent categorical.
     beta_pred: float = 1.0  # Weight of the prediction losses: decoder, reward, continue.
     beta_dyn: float = 1.0  # Weight of the dynamics loss.
     beta_rep: float = 0.1  # Weight of the representation loss.
 
     imag_horizon: int = 15  # Steps of imagination from every replayed state (H).
-    gamma: float = 1 - 1 / 333  # Discount for one step.
-    return_lambda: float = 0.95  # Mix of returns: 0 trusts the critic after one step, 1 at the end.
-    ent_coef: float = 3e-4  # Entropy bonus of the actor: normalised return per nat.
-    # Share of the uniform distribution in a discrete actor (the reference has 0 by oversight).
-    actor_unimix: float = 0.01
+    gamma: float = 1 - 1 / 333  # Discount for one agent step.
+    return_lambda: float = 0.95  # Lambda of the returns: 0 trusts the critic after one step.
+    ent_coef: float = 3e-4  # Weight of the actor's entropy, in normalised return per nat.
+    actor_unimix: float = 0.01  # The same for a discrete actor (0 by oversight in the reference).
     beta_val: float = 1.0  # Weight of the critic loss on imagined trajectories.
     beta_repval: float = 0.3  # Weight of the critic loss on replayed sequences.
-    slow_reg: float = 1.0  # Weight of the slow critic's prediction beside the return in these two.
-    tau: float = 0.02  # Share of the critic that enters its slow copy at every update.
-    return_rate: float = 0.01  # Share of the newest batch in the running percentiles of returns.
+    slow_reg: float = 1.0  # Weight of the slow critic as second target in both critic losses.
+    tau: float = 0.02  # Rate at which the slow critic follows the critic, per update.
+    return_rate: float = 0.01  # Rate at which the percentiles of returns follow the newest batch.
 
     learning_rate: float = 4e-5  # Learning rate of all networks.
     warmup_updates: int = 1_000  # Updates in which the learning rate rises linearly from 0.
-    agc_clip: float = 0.3  # Largest norm of a tensor's gradient, relative to the tensor's norm.
+    agc_clip: float = 0.3  # Largest norm of a gradient, relative to its tensor's; 0: no clipping.
     beta1: float = 0.9  # Decay of LaProp's momentum.
     beta2: float = 0.999  # Decay of LaProp's mean of squared gradients.
     laprop_eps: float = 1e-20  # Added to the root of the mean of squared gradients.
 
     def network(self):
-        """The row of SIZES, with what the flags change of it."""
-        row = SIZES[self.size]
+        """The widths of --size, unless a flag sets them."""
+        D = SIZES[self.size]
+        row = dict(deter=D, hidden=D // 8, classes=D // 128, depth=D // 128, units=D // 8)
         return {k: row[k] if getattr(self, k) is None else getattr(self, k) for k in row}
 
 
 class UserError(Exception):
     """What the user can put right: the command line prints one line and exits with status 2."""
+
+
+def import_optional(module, package):
+    """Import a package that only some uses need. A UserError names the command to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this needs {module}: pip install '{package}'") from error
+
+
+def first_line(error):
+    """What an exception says, without the advice below it."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 # ---- 2. Transformations (paper: Robust predictions, Eq. 8-11) ------------------------------------
@@ -215,7 +203,7 @@ def twohot_bins(count=255, limit=20.0):
 def twohot_mean(logits, bins):
     """The value that logits (..., V) predict, softmax(logits) @ bins (Eq. 10): (...).
 
-    A bin and its mirror are subtracted before the sum: equal logits predict exactly 0. In plain
+    Mirrored probabilities are subtracted before the sum: equal logits predict exactly 0. In plain
     order, the rounding of bins as large as 5e8 would be the prediction of an untrained head. [D1]
     """
     half = logits.shape[-1] // 2
@@ -229,12 +217,10 @@ def twohot_loss(logits, target, bins):
     The weights of the last bin <= target and the first bin above it are linear in the original
     space; beyond the ends, all weight is on the end bin. logits (..., V), target (...) detached.
     """
-    logits, target = f32(logits), target.detach()
-    above = torch.searchsorted(bins, target.contiguous(), right=True)
-    below = (above - 1).clamp(min=0)
-    above = above.clamp(max=len(bins) - 1)
-    to_below, to_above = (bins[below] - target).abs(), (bins[above] - target).abs()
-    weight = torch.where(below == above, 1.0, to_above / (to_below + to_above))  # of the bin below
+    logits, target = f32(logits), target.detach().clamp(bins[0], bins[-1]).contiguous()
+    above = torch.searchsorted(bins, target, right=True).clamp(max=len(bins) - 1)
+    below = above - 1
+    weight = (bins[above] - target) / (bins[above] - bins[below])  # of the bin below
     chosen = logits.gather(-1, torch.stack([below, above], -1))  # (..., 2)
     # The weights sum to 1: -sum(weight * log_softmax) needs the normaliser once.
     return logits.logsumexp(-1) - weight * chosen[..., 0] - (1 - weight) * chosen[..., 1]
@@ -244,8 +230,9 @@ def twohot_loss(logits, target, bins):
 
 
 def one_hot(index, classes):
-    """(...) integers in [0, classes) -> (..., classes) float32; F.one_hot checks on the host."""
-    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
+    """(...) integers in [0, classes) -> (..., classes) floats; F.one_hot waits for a GPU."""
+    hot = index.unsqueeze(-1) == torch.arange(classes, device=index.device)
+    return hot.to(torch.get_default_dtype())
 
 
 def mixed_probs(logits, unimix):
@@ -258,19 +245,13 @@ def mixed_log_probs(logits, unimix):
     return torch.log(mixed_probs(logits, unimix)) if unimix else f32(logits).log_softmax(-1)
 
 
-def sample_class(probs, uniform):
-    """The class whose slice of [0, 1) holds the number `uniform`: (..., K), (...) -> (...)."""
-    below = probs.cumsum(-1) <= uniform.unsqueeze(-1)
-    return below.sum(-1).clamp(max=probs.shape[-1] - 1)
-
-
 def sample_one_hot(probs, uniform):
     """One-hot samples of categoricals (..., K) with the gradient of `probs` (straight-through).
 
-    uniform: independent numbers in [0, 1), (...). [D6]
+    The class is the one whose slice of [0, 1) holds the random number `uniform` (...). [D6]
     """
-    index = sample_class(probs.detach(), uniform)
-    return one_hot(index, probs.shape[-1]) + (probs - probs.detach())
+    index = (probs.detach().cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1)
+    return one_hot(index.clamp(max=probs.shape[-1] - 1), probs.shape[-1]) + (probs - probs.detach())
 
 
 def categorical_kl(log_p, log_q):
@@ -279,9 +260,9 @@ def categorical_kl(log_p, log_q):
 
 
 class Categoricals:
-    """Policy of discrete actions: independent categoricals over one-hot vectors side by side.
+    """Independent categoricals over one-hot vectors side by side: discrete actions, observations.
 
-    log_prob and entropy are in nats, sums over the actions. [D18]
+    log_prob and entropy are in nats, sums over the variables. [D18]
     """
 
     def __init__(self, logits, classes, unimix):
@@ -290,10 +271,10 @@ class Categoricals:
 
     def sample(self, greedy=False):
         """A sample, or the most likely action: (..., A), without gradient."""
-        draw = lambda x: sample_class(x.exp(), torch.rand_like(x[..., 0]))
-        choices = [(x.argmax(-1) if greedy else draw(x.detach())) for x in self.log_probs]
-        pairs = zip(choices, self.classes, strict=True)
-        return torch.cat([one_hot(choice, classes) for choice, classes in pairs], -1)
+        probs = [log_prob.detach().exp() for log_prob in self.log_probs]
+        if greedy:
+            return torch.cat([one_hot(p.argmax(-1), p.shape[-1]) for p in probs], -1)
+        return torch.cat([sample_one_hot(p, torch.rand_like(p[..., 0])) for p in probs], -1)
 
     def log_prob(self, action):
         """(..., A) -> (...)."""
@@ -304,24 +285,22 @@ class Categoricals:
         """(...)."""
         return sum(-(x.exp() * x).sum(-1) for x in self.log_probs)
 
-    def entropy_limits(self):
-        """Bounds of the entropy, in nats: a certain policy (without unimix), a uniform one."""
-        return 0.0, sum(map(math.log, self.classes))
-
 
 class BoundedNormals:
     """Policy of continuous actions: normals with mean in [-1, 1], deviation in [0.1, 1]. [D25]
 
-    Samples are not bounded: the environment clips them. log_prob and entropy are sums, in nats.
+    Samples are not bounded: see `Environments.decode_action`. log_prob and entropy are in nats,
+    sums over the actions. [D18]
     """
 
-    def __init__(self, mean, std):
-        self.mean, self.std = torch.tanh(f32(mean)), 0.9 * torch.sigmoid(f32(std) + 2) + 0.1
+    def __init__(self, raw_mean, raw_std):
+        self.mean = torch.tanh(f32(raw_mean))
+        self.std = 0.9 * torch.sigmoid(f32(raw_std) + 2) + 0.1
 
     def sample(self, greedy=False):
         """A sample, or the mean: (..., A), without gradient."""
         mean, std = self.mean.detach(), self.std.detach()
-        return mean if greedy else mean + std * normal_noise(mean)
+        return mean if greedy else mean + std * torch.randn_like(mean)
 
     def log_prob(self, action):
         """(..., A) -> (...)."""
@@ -332,22 +311,20 @@ class BoundedNormals:
         """(...)."""
         return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
-    def entropy_limits(self):
-        """Bounds of the entropy, in nats: at the smallest and at the largest deviation."""
-        unit = 0.5 * math.log(2 * math.pi * math.e)
-        return tuple(self.std.shape[-1] * (math.log(std) + unit) for std in (0.1, 1.0))
-
-
-def normal_noise(like):
-    """Independent standard normal numbers in the shape of `like`."""
-    return torch.randn_like(like)
-
 
 # ---- 4. Layers -----------------------------------------------------------------------------------
-# A layer computes in the type of its own weight: `Agent` rounds matrices, norms stay float32. [D23]
+# Parameters are float32. In an update, torch.autocast rounds the inputs of products to bfloat16.
+# Norms and everything after the last product of a network stay float32. [D23]
 
 # Standard deviation of a normal cut off at +-2; the reference multiplies by its inverse, 1.1368.
 TRUNCATED_STD = 0.8796256610342398
+
+
+def rounded(x):
+    """x in the type of products: that of torch.autocast where it is on, otherwise x's own."""
+    device = x.device.type
+    on = torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if on else x
 
 
 def init_(layer, fan_in, outscale=1.0):
@@ -364,9 +341,6 @@ class Linear(nn.Linear):
         super().__init__(in_dim, out_dim)
         init_(self, in_dim, outscale)
 
-    def forward(self, x):
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-
 
 class BlockLinear(nn.Module):
     """Linear with a block-diagonal matrix: each of G groups of inputs feeds its group of outputs.
@@ -382,7 +356,7 @@ class BlockLinear(nn.Module):
         init_(self, in_dim)
 
     def forward(self, x):
-        x = x.to(self.weight.dtype).unflatten(-1, (len(self.weight), -1))
+        x = x.unflatten(-1, (len(self.weight), -1))
         return torch.einsum("...gi,gio->...go", x, self.weight).flatten(-2) + self.bias
 
 
@@ -394,70 +368,20 @@ class Conv(nn.Conv2d):
         init_(self, 25 * in_channels)
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-# A 5x5 convolution of a large image is a 3x3 convolution of one of half its size that has a set of
-# channels for each of the 2x2 phases of a pixel: along an axis, weight k (0 ... 4) of output 2i + p
-# meets input 2(i + j - 1) + u, and PHASES[p, j, u, k] is 1 where that is so. Exact, at borders too.
-PHASES = torch.zeros(2, 3, 2, 5)
-for p, k in itertools.product(range(2), range(5)):
-    PHASES[p, (p + k) // 2, (p + k) % 2, k] = 1
-
-
-class PoolConv(Conv):
-    """Conv, then 2x2 max-pool: (n, 2h, 2w, in) -> (n, h, w, out)."""
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__(in_channels, out_channels)
-        self.register_buffer("phases", PHASES.to(self.weight), persistent=False)
-
-    def forward(self, x):
-        if self.in_channels > 4:
-            x = super().forward(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-            return MaxPool.apply(x.transpose(2, 3))
-        # Convolutions of few channels are slow: take phases as channels, on both sides. Rounding
-        # may then break ties between equal outputs, but an image needs no gradient, and that of
-        # the weight is the same whichever of them has it.
-        (n, h, w, in_dim), out_dim = x.shape, self.out_channels
-        phases = self.phases
-        weight = torch.einsum("pauk,qbvl,oikl->pqouviab", phases, phases, self.weight)
-        weight = weight.reshape(4 * out_dim, 4 * in_dim, 3, 3)
-        x = x.to(weight.dtype).view(n, h // 2, 2, w // 2, 2, in_dim).transpose(2, 3)
-        x = x.reshape(n, h // 2, w // 2, 4 * in_dim).permute(0, 3, 1, 2)
-        x = F.conv2d(x, weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
-        return MaxPool.apply(x.unflatten(-1, (2, 2, -1)))
-
-
-class UpConv(Conv):
-    """Upsampling by 2 (nearest neighbour), then Conv: (n, h, w, in) -> (n, 2h, 2w, out).
-
-    Equal inputs meet sums of weights: 2.8 times fewer multiplications than at full size.
-    """
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__(in_channels, out_channels)
-        self.register_buffer("phases", PHASES.sum(2).to(self.weight), persistent=False)
-
-    def forward(self, x):
-        phases = self.phases
-        weight = torch.einsum("pak,qbl,oikl->pqoiab", phases, phases, self.weight).flatten(0, 2)
-        x = x.to(weight.dtype).permute(0, 3, 1, 2)
-        x = F.conv2d(x, weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
-        x = x.unflatten(-1, (2, 2, -1))  # (n, h, w, p, q, out)
-        return x.permute(0, 1, 3, 2, 4, 5).flatten(1, 2).flatten(2, 3)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MaxPool(torch.autograd.Function):
-    """Maximum of 2x2 neighbours, (n, h, w, 2, 2, c) -> (n, h, w, c), for PoolConv.
+    """Maximum of 2x2 neighbours, (n, 2h, 2w, c) -> (n, h, w, c).
 
     Equal neighbours share the gradient evenly, as in the reference: flat regions of an image tie
-    everywhere. (max_pool2d gives all to one; `amax` shares, but takes longer.)
+    everywhere. (max_pool2d gives all to one. With `amax`, which shares, an update takes 1.6 times
+    longer.)
     """
 
     @staticmethod
     def forward(ctx, x):
-        a, b, c, d = (x[:, :, :, i, j] for i in (0, 1) for j in (0, 1))
+        a, b, c, d = (x[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
         y = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
         ctx.save_for_backward(x, y)
         return y
@@ -465,27 +389,56 @@ class MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
-        ties = sum((x[:, :, :, i, j] == y).to(grad.dtype) for i in (0, 1) for j in (0, 1))
-        y, share = (z[:, :, :, None, None] for z in (y, grad / ties))
-        return torch.where(x == y, share, 0)
+        ties = sum((x[:, i::2, j::2] == y).to(grad.dtype) for i in (0, 1) for j in (0, 1))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (n, h, 2, w, 2, c)
+        same = lambda z: z[:, :, None, :, None]  # one number for the four neighbours
+        return torch.where(x == same(y), same(grad / ties), 0).flatten(3, 4).flatten(1, 2)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-4) * scale over the last axis, then SiLU; always in float32."""
+# Upsampling by 2 repeats pixels: the 25 weights of the 5x5 convolution after it meet only 3x3
+# different ones. The outputs of each phase (even or odd row and column) have a 3x3 kernel of their
+# own. Along an axis, PHASES[p, a, k] is 1 where weight k of an output of phase p meets pixel a.
+PHASES = torch.tensor(
+    [[[float((p + k) // 2 == a) for k in range(5)] for a in range(3)] for p in range(2)]
+)
+
+
+class UpConv(Conv):
+    """Upsampling by 2 (nearest neighbour), then Conv: (n, h, w, in) -> (n, 2h, 2w, out).
+
+    Computed at the low resolution with 2.8 times fewer multiplications: see PHASES.
+    """
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels)
+        self.register_buffer("phases", PHASES.to(self.weight), persistent=False)
+
+    def forward(self, x):
+        # p, q phase of row and column; a, b and k, l row and column of the 3x3 and the 5x5 kernel;
+        # o output channel, i input channel.
+        kernel = torch.einsum("pak,qbl,oikl->pqoiab", self.phases, self.phases, self.weight)
+        bias = self.bias.repeat(4)
+        x = F.conv2d(x.permute(0, 3, 1, 2), kernel.flatten(0, 2), bias, padding=1)
+        x = x.permute(0, 2, 3, 1).unflatten(-1, (2, 2, -1))  # (n, h, w, p, q, out)
+        return x.permute(0, 1, 3, 2, 4, 5).flatten(1, 2).flatten(2, 3)
+
+
+class NormSiLU(nn.Module):
+    """RMSNorm x / sqrt(mean(x^2) + 1e-4) * scale over the last axis, then SiLU; in float32."""
 
     def __init__(self, dim):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.silu(F.rms_norm(x.to(self.scale.dtype), self.scale.shape, self.scale, eps=1e-4))
+        return F.silu(F.rms_norm(f32(x), self.scale.shape, self.scale, eps=1e-4))
 
 
 class Dense(nn.Sequential):
-    """Linear, RMSNorm, SiLU: (..., in) -> (..., out)."""
+    """Linear and NormSiLU: (..., in) -> (..., out)."""
 
     def __init__(self, in_dim, out_dim):
-        super().__init__(Linear(in_dim, out_dim), RMSNorm(out_dim))
+        super().__init__(Linear(in_dim, out_dim), NormSiLU(out_dim))
 
 
 def mlp(in_dim, units, layers, out_dim=None, outscale=1.0):
@@ -503,11 +456,11 @@ FINAL_SIZE = IMAGE_SIZE // 2 ** len(CHANNEL_FACTORS)  # pixels
 
 @dataclass(frozen=True)
 class Spaces:
-    """What the networks need to know of an environment."""
+    """What the networks need to know of an environment. Observations are sorted by name."""
 
-    channels: int  # of the 64x64 image; 0 if there is none
-    # (name, width, classes) of each other observation, sorted by name. Discrete ones are one-hot
-    # vectors side by side, of `classes` numbers each; `classes` is empty for continuous ones.
+    images: tuple[tuple[str, int], ...]  # (name, channels) of each 64x64 image
+    # (name, width, classes) of each other observation. Discrete ones are one-hot vectors side by
+    # side, of `classes` numbers each; `classes` is empty for continuous ones.
     vectors: tuple[tuple[str, int, tuple[int, ...]], ...]
     action_classes: tuple[int, ...]  # choices of each discrete action; empty if continuous
     action_width: int  # A: the sum of action_classes, or the number of continuous actions
@@ -518,29 +471,29 @@ class Encoder(nn.Module):
 
     def __init__(self, spaces, depth, units):
         super().__init__()
-        self.embed_dim = 0
+        self.spaces, self.embed_dim = spaces, 0
         if spaces.vectors:
-            discrete = [bool(classes) for _, width, classes in spaces.vectors for _ in range(width)]
-            self.register_buffer("discrete", torch.tensor(discrete), persistent=False)
-            self.mlp = mlp(len(discrete), units, 3)
+            self.mlp = mlp(sum(width for _, width, _ in spaces.vectors), units, 3)
             self.embed_dim += units
-        if spaces.channels:
-            widths = [spaces.channels] + [depth * factor for factor in CHANNEL_FACTORS]
-            self.convs = nn.ModuleList(map(PoolConv, widths[:-1], widths[1:]))
-            self.norms = nn.ModuleList(map(RMSNorm, widths[1:]))
+        if spaces.images:
+            channels = sum(channels for _, channels in spaces.images)
+            widths = [channels] + [depth * factor for factor in CHANNEL_FACTORS]
+            self.convs = nn.ModuleList(map(Conv, widths[:-1], widths[1:]))
+            self.norms = nn.ModuleList(map(NormSiLU, widths[1:]))
             self.embed_dim += widths[-1] * FINAL_SIZE**2
 
     def forward(self, obs):
-        """Dict of `image` (B, T, h, w, C) uint8, `vector` (B, T, width), or both -> (B, T, E)."""
-        embed = []
-        if "vector" in obs:
-            x = obs["vector"]
-            embed.append(self.mlp(torch.where(self.discrete, x, symlog(x))))  # [D10]
-        if "image" in obs:
-            x = obs["image"].flatten(0, 1) / 255 - 0.5  # (B*T, h, w, C)
+        """Dict of images (B, T, h, w, C) uint8 and vectors (B, T, width), by name -> (B, T, E)."""
+        embed, vectors = [], self.spaces.vectors
+        if vectors:
+            x = [obs[name] if classes else symlog(obs[name]) for name, _, classes in vectors]
+            embed.append(self.mlp(torch.cat(x, -1)))  # [D10]
+        if self.spaces.images:
+            image = torch.cat([obs[name] for name, _ in self.spaces.images], -1)
+            x = image.flatten(0, 1) / 255 - 0.5  # (B*T, h, w, C)
             for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = norm(conv(x))
-            embed.append(x.flatten(1).unflatten(0, obs["image"].shape[:2]))
+                x = norm(MaxPool.apply(conv(x)))
+            embed.append(x.flatten(1).unflatten(0, image.shape[:2]))
         return torch.cat(embed, -1)
 
 
@@ -552,44 +505,37 @@ class Decoder(nn.Module):
         self.spaces = spaces
         if spaces.vectors:
             self.mlp = mlp(stoch + deter, units, 3)
-            self.outs = nn.ModuleList(Linear(units, width) for _, width, _ in spaces.vectors)
-        if spaces.channels:
+            self.vector_outs = nn.ModuleList(Linear(units, width) for _, width, _ in spaces.vectors)
+        if spaces.images:
             widths = [depth * factor for factor in reversed(CHANNEL_FACTORS)]
             cells = FINAL_SIZE**2 * widths[0]
             self.from_deter = BlockLinear(deter, cells, 8)  # 8 blocks, whatever the GRU has
             self.from_stoch = mlp(stoch, 2 * units, 1, cells)
-            self.norm = RMSNorm(widths[0])
+            self.norm = NormSiLU(widths[0])
             self.convs = nn.ModuleList(map(UpConv, widths[:-1], widths[1:]))
-            self.norms = nn.ModuleList(map(RMSNorm, widths[1:]))
-            self.image_out = UpConv(widths[-1], spaces.channels)
+            self.norms = nn.ModuleList(map(NormSiLU, widths[1:]))
+            self.image_outs = nn.ModuleList(UpConv(widths[-1], c) for _, c in spaces.images)
 
     def forward(self, deter, stoch):
-        """deter (B, T, D), stoch (B, T, S, K) -> dict of (B, T, ...).
+        """deter (B, T, D), stoch (B, T, S, K) -> dict of (B, T, ...), by name.
 
-        `image` is (h, w, C) in (0, 1); vectors, by name, are (width): symlog values or logits.
+        Images are (h, w, channels) in (0, 1). Vectors are (width): symlog values or logits.
         """
         stoch, recon = stoch.flatten(-2), {}
         if self.spaces.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))
-            names = [name for name, _, _ in self.spaces.vectors]
-            recon = {name: f32(out(x)) for name, out in zip(names, self.outs, strict=True)}
-        if self.spaces.channels:
+            for (name, _, _), out in zip(self.spaces.vectors, self.vector_outs, strict=True):
+                recon[name] = f32(out(x))
+        if self.spaces.images:
             # Every block writes all pixels of its own channels: (g h w c) -> h w (g c).
             x = self.from_deter(deter.flatten(0, 1))
             x = x.unflatten(-1, (8, FINAL_SIZE, FINAL_SIZE, -1)).permute(0, 2, 3, 1, 4).flatten(-2)
             x = self.norm(x + self.from_stoch(stoch.flatten(0, 1)).view_as(x))
             for conv, norm in zip(self.convs, self.norms, strict=True):
                 x = norm(conv(x))
-            recon["image"] = torch.sigmoid(f32(self.image_out(x))).unflatten(0, deter.shape[:2])
+            for (name, _), out in zip(self.spaces.images, self.image_outs, strict=True):
+                recon[name] = torch.sigmoid(f32(out(x))).unflatten(0, deter.shape[:2])
         return recon
-
-    def targets(self, obs):
-        """The observation in parts: dict of (B, T, ...); images in [0, 1]."""
-        targets = {"image": obs["image"] / 255} if self.spaces.channels else {}
-        if self.spaces.vectors:
-            names, widths, _ = zip(*self.spaces.vectors, strict=True)
-            targets |= zip(names, obs["vector"].split(widths, -1), strict=True)
-        return targets
 
     def losses(self, recon, obs):
         """Negative log-likelihoods up to constants, for every observation: dict of (B, T).
@@ -597,51 +543,38 @@ class Decoder(nn.Module):
         Squared errors (no factor 1/2) of images and of symlog vectors (Eq. 8), cross-entropies of
         discrete vectors, summed over all but batch and time. [D10]
         """
-        targets, losses = self.targets(obs), {}
+        losses = {}
         for name, _, classes in self.spaces.vectors:
             if classes:
-                losses[name] = -Categoricals(recon[name], classes, unimix=0).log_prob(targets[name])
+                losses[name] = -Categoricals(recon[name], classes, unimix=0).log_prob(obs[name])
             else:
-                losses[name] = (recon[name] - symlog(targets[name])).square().sum(-1)
-        if self.spaces.channels:
-            losses["image"] = (recon["image"] - targets["image"]).square().sum((-3, -2, -1))
+                losses[name] = (recon[name] - symlog(obs[name])).square().sum(-1)
+        for name, _ in self.spaces.images:
+            losses[name] = (recon[name] - obs[name] / 255).square().sum((-3, -2, -1))
         return losses
-
-    def truth_and_prediction(self, recon, obs):
-        """Both in the observation's own units: dict of pairs (B, T, ...), for people.
-
-        Images are in [0, 1]; discrete vectors are one-hots beside probabilities.
-        """
-        prediction = {"image": recon["image"]} if self.spaces.channels else {}
-        for name, _, classes in self.spaces.vectors:
-            if classes:
-                log_probs = Categoricals(recon[name], classes, unimix=0).log_probs
-                prediction[name] = torch.cat(log_probs, -1).exp()
-            else:
-                prediction[name] = symexp(recon[name])
-        return {name: (truth, prediction[name]) for name, truth in self.targets(obs).items()}
 
 
 # ---- 6. RSSM: the recurrent state-space model (paper: World model learning, Eq. 1) ---------------
 
 
 class StepLinear(torch.autograd.Function):
-    """y[t] = base[t] + x[t] @ weight for a loop over t in which x[t+1] depends on y[t].
+    """Gradient of the weight in y[t] = x[t] @ weight + addend[t], a loop over t, as one product.
 
-    `apply(weight, base, x)` returns base; the loop adds the products with weight.detach() and
-    appends its x[t] to the list x. The weight's gradient, sum_t x[t].T @ dy[t], is then one matrix
-    product over all steps instead of T small ones. Exact, being the same sum.
+    `apply(weight, addend, inputs)` returns the addend (T, ...). The loop uses weight.detach(), so
+    that autograd sees no weight in it, and appends every x[t] to the list `inputs`. The backward
+    pass has every x[t] and dy[t]: the gradient is sum_t x[t].T @ dy[t], exactly as step by step.
     """
 
     @staticmethod
-    def forward(ctx, weight, base, x):
-        ctx.x = x
-        return base.view_as(base)
+    def forward(ctx, weight, addend, inputs):
+        ctx.inputs = inputs
+        return addend.view_as(addend)
 
     @staticmethod
     def backward(ctx, grad):
-        equation = "tbi,tbo->io" if ctx.x[0].dim() == 2 else "tgbi,tgbo->gio"
-        return torch.einsum(equation, torch.stack(ctx.x), grad), grad, None
+        x = torch.stack(ctx.inputs)
+        equation = "tbi,tbo->io" if x.dim() == 3 else "tgbi,tgbo->gio"
+        return torch.einsum(equation, x, grad.to(x.dtype)), grad, None
 
 
 class RSSM(nn.Module):
@@ -652,13 +585,13 @@ class RSSM(nn.Module):
 
     def __init__(self, action_width, embed_dim, deter, hidden, stoch, classes, blocks, unimix):
         super().__init__()
-        self.deter_dim, self.blocks, self.unimix = deter, blocks, unimix
-        self.hidden_dim, self.stoch_shape = hidden, (stoch, classes)
+        self.deter_dim, self.stoch_shape = deter, (stoch, classes)
+        self.blocks, self.unimix = blocks, unimix
         self.deter_in = Dense(deter, hidden)
         self.stoch_in = Dense(stoch * classes, hidden)
         self.action_in = Dense(action_width, hidden)
         self.hidden_layer = BlockLinear(deter + 3 * hidden * blocks, deter, blocks)
-        self.hidden_norm = RMSNorm(deter)
+        self.hidden_norm = NormSiLU(deter)
         self.gru = BlockLinear(deter, 3 * deter, blocks)
         self.prior_net = mlp(deter, hidden, 2, stoch * classes)
         self.posterior_in = Dense(deter + embed_dim, hidden)
@@ -670,96 +603,71 @@ class RSSM(nn.Module):
         return zeros(batch_size, self.deter_dim), zeros(batch_size, *self.stoch_shape)
 
     def feat(self, deter, stoch):
-        """The model state s = {h, z} as the heads see it, in the type they compute in: (..., F)."""
-        return torch.cat([deter, stoch.flatten(-2)], -1).to(self.gru.weight.dtype)
+        """The model state s = {h, z} as the heads see it: (..., F)."""
+        return rounded(torch.cat([deter, stoch.flatten(-2)], -1))
 
-    # Every block of the hidden layer sees its own slice of h and the embeddings of h, z and a [D7].
-    # A linear layer of joined inputs is the sum of one linear layer each. So what the loop need not
-    # wait for is computed for all steps at once: the action's share of the hidden layer, and the
-    # observation's share of the posterior's first layer.
+    def embed_action(self, action):
+        """Embedding of the action for the sequence model: (..., A) -> (..., hidden)."""
+        return self.action_in(action / action.abs().clamp(min=1).detach())  # [D8]
 
-    def weights(self):
-        """The products inside the loop: name -> weight (in, out), or (G, in, out) for blocks."""
-        own, embeds, _ = self.hidden_layer.weight.split(
-            [self.deter_dim // self.blocks, 2 * self.hidden_dim, self.hidden_dim], 1
-        )
-        return {
-            "deter_in": self.deter_in[0].weight.T,
-            "stoch_in": self.stoch_in[0].weight.T,
-            "hidden_own": own,
-            "hidden_embeds": embeds.transpose(0, 1).flatten(1),  # one dense product for all blocks
-            "gru": self.gru.weight,
-            "posterior_in": self.posterior_in[0].weight[:, : self.deter_dim].T,
-            "posterior_out": self.posterior_out.weight.T,
-        }
+    def layers(self):
+        """The linear layers of a step, rounded once for all steps: name -> (weight, bias).
 
-    def biases(self):
-        """What is added to the products: name -> (out,), or (G, 1, out) for blocks."""
-        return {
-            "deter_in": self.deter_in[0].bias,
-            "stoch_in": self.stoch_in[0].bias,
-            "hidden_own": self.hidden_layer.bias.view(self.blocks, 1, -1),
-            "gru": self.gru.bias.view(self.blocks, 1, -1),
-            "posterior_out": self.posterior_out.bias,
-        }
-
-    def action_part(self, action):
-        """The action's share of the hidden layer: (..., A) -> (..., D)."""
-        action = action / action.abs().clamp(min=1).detach()  # [D8]
-        weight = self.hidden_layer.weight[:, -self.hidden_dim :].transpose(0, 1).flatten(1)
-        return self.action_in(action).to(weight.dtype) @ weight
-
-    def embed_part(self, embed):
-        """The observation's share of the posterior's first layer: (..., E) -> (..., hidden)."""
-        layer = self.posterior_in[0]
-        return F.linear(embed.to(layer.weight.dtype), layer.weight[:, self.deter_dim :], layer.bias)
-
-    def sequence_model(self, deter, stoch, product):
-        """h' = f(h, z, a) (Eq. 1): deter (B, D), stoch (B, S, K) -> (B, D).
-
-        product(name, x) is x @ weights[name] + base, where the base of "hidden_embeds" is the
-        action's share and the others are the biases.
+        Weights are (in, out), or (G, in, out) of blocks; biases (out,), or (G, 1, out). The first
+        layer of the posterior has no bias here: `observe` adds the observation's share to it.
         """
-        # (B, D) -> (G, B, D/G), and back
+        dense = lambda layer: (rounded(layer.weight).T, layer.bias)
+        block = lambda layer: (rounded(layer.weight), layer.bias.view(self.blocks, 1, -1))
+        from_deter = self.posterior_in[0].weight[:, : self.deter_dim]
+        return {
+            "deter_in": dense(self.deter_in[0]),
+            "stoch_in": dense(self.stoch_in[0]),
+            "hidden": block(self.hidden_layer),
+            "gru": block(self.gru),
+            "posterior_in": (rounded(from_deter).T, None),
+            "posterior_out": dense(self.posterior_out),
+        }
+
+    def sequence_model(self, deter, stoch, action_embed, linear):
+        """h' = f(h, z, a) (Eq. 1): deter (B, D), stoch (B, S, K), (B, hidden) -> (B, D).
+
+        linear(name, x) computes the layer of `layers` that has this name.
+        """
+        # Embeddings of h, z and a. Each block of the hidden layer sees its own slice of h and all
+        # three embeddings. [D7]
+        deter_embed = self.deter_in[1](linear("deter_in", deter))
+        stoch_embed = self.stoch_in[1](linear("stoch_in", stoch.flatten(-2)))
+        embeds = torch.cat([deter_embed, stoch_embed, action_embed], -1)  # (B, 3 hidden)
+        # Blocks: (B, G * n) <-> (G, B, n).
         split = lambda x: x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
         merge = lambda x: x.transpose(0, 1).flatten(-2)
-        embeds = [
-            self.deter_in[1](product("deter_in", deter)),
-            self.stoch_in[1](product("stoch_in", stoch.flatten(-2))),
-        ]
-        x = merge(product("hidden_own", split(deter)))
-        x = self.hidden_norm(x + product("hidden_embeds", torch.cat(embeds, -1)))  # (B, D)
-        # The outputs of each block are in this order, (B, G, D/G) each. Bias -1: at first, h is
-        # mostly kept. [D7]
-        reset, cand, update = f32(product("gru", split(x))).transpose(0, 1).chunk(3, -1)
-        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        x = torch.cat([split(deter), embeds.expand(self.blocks, -1, -1)], -1)
+        x = self.hidden_norm(merge(linear("hidden", x)))  # (B, D)
+        # GRU. Each block gives (reset, candidate, update), in this order. The reset gate acts on
+        # the candidate. The update gate has a bias of -1: at first, h is mostly kept. [D7]
+        gates = f32(linear("gru", split(x)))  # (G, B, 3 D/G)
+        reset, candidate, update = map(merge, gates.chunk(3, -1))  # (B, D) each
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)
-        deter = deter.unflatten(-1, (self.blocks, -1))
-        return (update * cand + (1 - update) * deter).flatten(-2)
+        return update * candidate + (1 - update) * deter
 
     def prior(self, deter):
         """Logits of p(z | h) (Eq. 1): (..., D) -> (..., S, K)."""
         return f32(self.prior_net(deter)).unflatten(-1, self.stoch_shape)
 
-    def sample(self, logits, uniform):
-        """A straight-through sample of the mixed categoricals (..., S, K)."""
-        return sample_one_hot(mixed_probs(logits, self.unimix), uniform)
-
-    def observe_step(self, deter, stoch, keep, uniform, base, weights):
+    def observe_step(self, deter, stoch, keep, uniform, action_embed, addends, weights):
         """One step of `observe`: new deter and stoch, the logits, the inputs of the products."""
         inputs = {}
 
-        def product(name, x):
-            inputs[name] = x = x.to(weights[name].dtype)
-            multiply_add = torch.addmm if x.dim() == 2 else torch.baddbmm
-            return multiply_add(base[name], x, weights[name])
+        def linear(name, x):
+            inputs[name] = rounded(x)
+            return inputs[name] @ weights[name] + addends[name]
 
-        # At the start of an episode the state is zeros; so is the action, and not class 0. [D9]
-        deter, stoch = deter * keep, stoch * keep.unsqueeze(-1)
-        deter = self.sequence_model(deter, stoch, product)
-        x = self.posterior_in[1](product("posterior_in", deter))
-        logits = f32(product("posterior_out", x)).unflatten(-1, self.stoch_shape)
-        return deter, self.sample(logits, uniform), logits, inputs
+        deter = self.sequence_model(deter * keep, stoch * keep[..., None], action_embed, linear)
+        x = self.posterior_in[1](linear("posterior_in", deter))
+        logits = f32(linear("posterior_out", x)).unflatten(-1, self.stoch_shape)
+        stoch = sample_one_hot(mixed_probs(logits, self.unimix), uniform)
+        return deter, stoch, logits, inputs
 
     def observe(self, embed, prev_action, is_first, deter, stoch):
         """Filter a sequence: the posterior state q(z | h, x) (Eq. 1) at each of T steps.
@@ -768,37 +676,44 @@ class RSSM(nn.Module):
         the state before the first step, deter (B, D), stoch (B, S, K). Returns deter (B, T, D),
         stoch (B, T, S, K) and the posterior's logits (B, T, S, K).
         """
+        # Time comes first here: a step is then a slice. Two things are computed for all steps at
+        # once: the action's embedding, and the observation's share of the posterior's first layer
+        # (a linear layer of joined inputs is the sum of one for each input).
         batch, length = is_first.shape
-        # Here, time comes first: a step is then a slice.
+        # Where an episode begins, the previous action and the state are zeros, not class 0: `keep`
+        # is 0 there. It masks the action here and the state in `observe_step`. [D9]
         keep = (~is_first).to(deter.dtype).T.unsqueeze(-1)  # (T, B, 1)
+        action_embed = self.embed_action(prev_action.transpose(0, 1) * keep)  # (T, B, hidden)
         uniform = torch.rand(length, batch, self.stoch_shape[0], device=embed.device)
-        weights, base = self.weights(), self.biases()
-        base = {
-            name: x.expand(length, batch, -1) if x.dim() == 1 else x.expand(length, -1, batch, -1)
-            for name, x in base.items()
-        }  # fmt: skip
-        base["hidden_embeds"] = self.action_part(prev_action.transpose(0, 1) * keep)  # (T, B, D)
-        base["posterior_in"] = self.embed_part(embed.transpose(0, 1))  # (T, B, hidden)
-        inputs = {name: [] for name in weights}
-        base = {k: StepLinear.apply(weights[k], x, inputs[k]).unbind(0) for k, x in base.items()}
-        weights = {name: weight.detach() for name, weight in weights.items()}
+        layer = self.posterior_in[0]
+        from_embed = F.linear(embed.transpose(0, 1), layer.weight[:, self.deter_dim :], layer.bias)
+        addends, weights, inputs = {}, {}, {}
+        for name, (weight, bias) in self.layers().items():
+            inputs[name], weights[name] = [], weight.detach()  # the loop below fills the list
+            bias = from_embed if bias is None else bias.expand(length, *bias.shape[:-2], batch, -1)
+            addends[name] = StepLinear.apply(weight, bias, inputs[name]).unbind(0)
         states = []
         for t in range(length):
-            base_t = {name: x[t] for name, x in base.items()}
-            *state, inputs_t = self.observe_step(deter, stoch, keep[t], uniform[t], base_t, weights)
+            now = {name: addend[t] for name, addend in addends.items()}
+            *state, inputs_t = self.observe_step(
+                deter, stoch, keep[t], uniform[t], action_embed[t], now, weights
+            )
             deter, stoch, _ = state
             states.append(state)
             for name, x in inputs_t.items():
                 inputs[name].append(x.detach())
         return [torch.stack(x, 1) for x in zip(*states, strict=True)]
 
-    def imagine_step(self, deter, stoch, action, weights):
+    def imagine_step(self, deter, stoch, action, layers):
         """One step without observation: deter (N, D), stoch (N, S, K), action (N, A) -> both."""
-        uniform = torch.rand(stoch.shape[:2], device=stoch.device)
-        base = self.biases() | {"hidden_embeds": self.action_part(action)}
-        product = lambda name, x: x.to(weights[name].dtype) @ weights[name] + base[name]
-        deter = self.sequence_model(deter, stoch, product)
-        return deter, self.sample(self.prior(deter), uniform)
+
+        def linear(name, x):
+            weight, bias = layers[name]
+            return rounded(x) @ weight + bias
+
+        deter = self.sequence_model(deter, stoch, self.embed_action(action), linear)
+        probs = mixed_probs(self.prior(deter), self.unimix)
+        return deter, sample_one_hot(probs, torch.rand_like(probs[..., 0]))
 
 
 # ---- 7. All networks; the world model's loss (paper: World model learning, Eq. 2-3) --------------
@@ -848,11 +763,6 @@ class Dreamer(nn.Module):
         feat = self.rssm.feat(deter, stoch)
         return feat, self.actor(feat).sample()
 
-    def imagine_step(self, deter, stoch, action, weights):
-        """Carry out `action`, choose the next one: deter, stoch, feat (N, F), action (N, A)."""
-        deter, stoch = self.rssm.imagine_step(deter, stoch, action, weights)
-        return deter, stoch, *self.choose(deter, stoch)
-
 
 def world_model_loss(model, batch, args):
     """Losses of encoder, RSSM, decoder, reward and continue predictor on replayed sequences.
@@ -860,14 +770,14 @@ def world_model_loss(model, batch, args):
     batch: T steps, see `Agent.loss`. Returns a dict of losses (B, T), the posterior states deter
     (B, T, D) and stoch (B, T, S, K) with gradient, and metrics.
     """
-    embed = model.encoder(batch["obs"])  # (B, T, E)
+    embed = model.encoder(batch)  # (B, T, E)
     deter, stoch, post_logits = model.rssm.observe(
         embed, batch["prev_action"], batch["is_first"], batch["deter"], batch["stoch"]
     )
     feat = model.rssm.feat(deter, stoch)  # (B, T, F)
 
     # L_pred (Eq. 3). The discount is part of the continue flag: imagination needs no other. [D12]
-    losses = model.decoder.losses(model.decoder(deter, stoch), batch["obs"])
+    losses = model.decoder.losses(model.decoder(deter, stoch), batch)
     losses["reward"] = twohot_loss(model.reward(feat), batch["reward"], model.bins)
     cont = (1 - batch["is_terminal"].to(deter.dtype)) * args.gamma
     cont_logit = f32(model.cont(feat)).squeeze(-1)
@@ -881,12 +791,11 @@ def world_model_loss(model, batch, args):
     losses["dyn"] = kl.clamp(min=args.free_nats)
     losses["rep"] = categorical_kl(post, prior.detach()).clamp(min=args.free_nats)
     assert all(loss.shape == deter.shape[:2] for loss in losses.values())
-    share_of_maximum = lambda p: -(p.exp() * p).sum(-1).mean() / math.log(p.shape[-1])
+    entropy = lambda log_p: -(log_p.exp() * log_p).sum((-2, -1)).mean()
     metrics = {
         "latents/kl": kl.mean(),
-        "latents/free_share": (kl < args.free_nats).to(kl.dtype).mean(),
-        "latents/posterior_entropy": share_of_maximum(post),
-        "latents/prior_entropy": share_of_maximum(prior),
+        "latents/posterior_entropy": entropy(post),
+        "latents/prior_entropy": entropy(prior),
     }
     return losses, deter, stoch, metrics
 
@@ -906,11 +815,11 @@ def imagine(model, deter, stoch, horizon):
         action     a0   a1  ...   aH      a[t] is chosen at s[t]; the last one is not carried out
         reward     -    r1  ...   rH      predicted from s[t]: received on arriving there
     """
-    weights = model.rssm.weights()
-    feat, action = model.choose(deter, stoch)
-    feats, actions = [feat], [action]
-    for _ in range(horizon):
-        deter, stoch, feat, action = model.imagine_step(deter, stoch, action, weights)
+    layers, feats, actions = model.rssm.layers(), [], []
+    for t in range(horizon + 1):
+        if t > 0:
+            deter, stoch = model.rssm.imagine_step(deter, stoch, actions[-1], layers)
+        feat, action = model.choose(deter, stoch)
         feats.append(feat)
         actions.append(action)
     return torch.stack(feats, 1), torch.stack(actions, 1)
@@ -923,16 +832,17 @@ def lambda_return(reward, value, cont, last, return_lambda):
 
     with l = lambda (1 - last). The paper counts a reward with the action that earns it; here it
     belongs to the state it leads to. [D14] reward, value, cont, last: (N, H+1); cont in [0, 1] has
-    the discount inside; last is 1 where a trajectory is cut, and what follows is left to the value.
+    the discount inside; last is 1 where a trajectory is cut: the value stands for what follows.
     Returns (N, H).
     """
     assert reward.shape == value.shape == cont.shape == last.shape
-    mix = return_lambda * (1 - last)
-    one_step = reward + cont * (1 - mix) * value
-    returns = [value[:, -1]]
+    lambdas = return_lambda * (1 - last)
+    without_next = reward + cont * (1 - lambdas) * value
+    next_return, returns = value[:, -1], []
     for t in reversed(range(1, reward.shape[1])):
-        returns.append(one_step[:, t] + cont[:, t] * mix[:, t] * returns[-1])
-    return torch.stack(returns[:0:-1], 1)  # in order of time, without v[H]
+        next_return = without_next[:, t] + cont[:, t] * lambdas[:, t] * next_return
+        returns.append(next_return)
+    return torch.stack(returns[::-1], 1)
 
 
 def critic_loss(logits, slow_value, returns, model, args):
@@ -949,47 +859,45 @@ def actor_critic_loss(model, feat, action, args):
     """
     logits = model.critic(feat)  # (N, H+1, V)
     with torch.no_grad():
-        value = twohot_mean(logits, model.bins)  # the fast critic: target and baseline [D15]
+        value = twohot_mean(logits, model.bins)  # target and baseline, not the slow critic [D15]
         slow_value = twohot_mean(model.slow_critic(feat), model.bins)
         reward = twohot_mean(model.reward(feat), model.bins)
         cont = torch.sigmoid(f32(model.cont(feat))).squeeze(-1)
-        weight = cont.cumprod(1)  # the start's own prediction counts [D16]
+        weight = cont.cumprod(1)  # with the prediction for the start itself [D16]
         returns = lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
 
-        # Return range S (Eq. 7), over the whole batch. Small returns are not blown up. [D17]
+        # Return range S (Eq. 7), over the whole batch. A range below 1 counts as 1. [D17]
         percentiles = torch.stack([torch.quantile(returns, q) for q in (0.05, 0.95)])
         model.return_range.lerp_(percentiles, args.return_rate)
-        return_scale = (model.return_range[1] - model.return_range[0]).clamp(min=1)
-        normed_return = (returns - model.return_range[0]) / return_scale
+        low, high = model.return_range.clone()
+        return_scale = (high - low).clamp(min=1)
         advantage = (returns - value[:, :-1]) / return_scale
 
+    # REINFORCE (Eq. 6). The weight is the predicted, discounted probability that no state up to
+    # this one, itself included, ends the episode. [D16]
     policy = model.actor(feat[:, :-1])
     entropy = policy.entropy()  # (N, H)
     log_prob = policy.log_prob(action[:, :-1])
-    # REINFORCE (Eq. 6), as far as imagination believes the episode goes on. [D16]
-    actor = -weight[:, :-1] * (log_prob * advantage + args.ent_coef * entropy)
-    critic = critic_loss(logits[:, :-1], slow_value[:, :-1], returns, model, args)
-    critic = weight[:, :-1] * critic
-    assert actor.shape == critic.shape == returns.shape
-    least, most = policy.entropy_limits()
+    regression = critic_loss(logits[:, :-1], slow_value[:, :-1], returns, model, args)
+    losses = {
+        "actor": -weight[:, :-1] * (log_prob * advantage + args.ent_coef * entropy),
+        "critic": weight[:, :-1] * regression,
+    }
+    assert all(loss.shape == returns.shape for loss in losses.values())
     metrics = {
         "behaviour/return": returns.mean(),
-        "behaviour/return_low": model.return_range[0].clone(),
-        "behaviour/return_high": model.return_range[1].clone(),
+        "behaviour/return_low": low,
+        "behaviour/return_high": high,
         "behaviour/value": value.mean(),
         "behaviour/slow_value": slow_value.mean(),
         "behaviour/reward": reward.mean(),
         "behaviour/cont": cont.mean(),
         "behaviour/weight": weight.mean(),
-        "behaviour/return_scale": return_scale,
-        "behaviour/normed_return": normed_return.mean(),
-        "behaviour/normed_return_min": normed_return.min(),
-        "behaviour/normed_return_max": normed_return.max(),
         "behaviour/advantage": advantage.mean(),
         "behaviour/advantage_std": advantage.std(correction=0),
-        "behaviour/policy_entropy": (entropy.mean() - least) / ((most - least) or 1.0),
+        "behaviour/policy_entropy": entropy.mean(),
     }
-    return {"actor": actor, "critic": critic}, returns, metrics
+    return losses, returns, metrics
 
 
 def replay_critic_loss(model, feat, bootstrap, batch, args):
@@ -1019,31 +927,30 @@ class LaProp:
         mu <- beta1 mu + (1 - beta1) u;      p <- p - lr mu / (1 - beta1^n)
 
     lr rises linearly from exactly 0 at the first update. Adam would average g before the division.
-    `params` compute the gradients; `exact`, the same tensors or float32 originals of rounded ones,
-    are updated. `owners` names the module that each belongs to, for the metrics.
     """
 
-    def __init__(self, owners, params, exact, args):
-        self.params, self.exact, self.args = params, [p.detach() for p in exact], args
-        self.modules = list(dict.fromkeys(owners))
-        member = [[float(owner == module) for owner in owners] for module in self.modules]
-        self.member = self.exact[0].new_tensor(member)  # (modules, tensors)
-        self.nu = [torch.zeros_like(p) for p in self.exact]
-        self.mu = [torch.zeros_like(p) for p in self.exact]
-        self.updates = self.exact[0].new_zeros(())
+    def __init__(self, params, args):
+        self.params, self.args = list(params), args
+        self.nu = [torch.zeros_like(p) for p in self.params]
+        self.mu = [torch.zeros_like(p) for p in self.params]
+        self.updates = self.params[0].new_zeros(())
         self.state = [*self.nu, *self.mu, self.updates]  # what a checkpoint keeps
 
     @torch.no_grad()
-    def step(self):
-        """Apply and clear the gradients. Returns metrics; no value leaves the device."""
-        args = self.args
-        grads = [p.grad.to(x.dtype) for p, x in zip(self.params, self.exact, strict=True)]
-        norms = torch.stack(torch._foreach_norm(grads))
-        limits = args.agc_clip * torch.stack(torch._foreach_norm(self.exact)).clamp(min=1e-3)
-        torch._foreach_mul_(grads, list((limits / norms).clamp(max=1).unbind()))
+    def step(self, grads):
+        """Move the parameters; `grads`, in their order, are overwritten. Returns metrics.
 
-        warmup = self.updates / args.warmup_updates if args.warmup_updates else self.updates + 1
-        lr = args.learning_rate * warmup.clamp(max=1)
+        Never waits for a GPU.
+        """
+        args, grads = self.args, list(grads)
+        norms = torch.stack(torch._foreach_norm(grads))
+        if args.agc_clip:
+            limits = args.agc_clip * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
+            torch._foreach_mul_(grads, list((limits / norms).clamp(max=1).unbind()))
+
+        lr = torch.full_like(self.updates, args.learning_rate)
+        if args.warmup_updates:
+            lr *= (self.updates / args.warmup_updates).clamp(max=1)
         self.updates += 1
         torch._foreach_lerp_(self.nu, torch._foreach_mul(grads, grads), 1 - args.beta2)
         scale = torch._foreach_div(self.nu, 1 - args.beta2**self.updates)
@@ -1052,23 +959,34 @@ class LaProp:
         torch._foreach_div_(grads, scale)
         torch._foreach_lerp_(self.mu, grads, 1 - args.beta1)
         step = torch._foreach_mul(self.mu, lr / (1 - args.beta1**self.updates))
-        torch._foreach_sub_(self.exact, step)
-        for p in self.params:
-            p.grad = None
-        clipped = (norms > limits).to(norms.dtype)
-        metrics = {"losses/grad_norm": norms.norm(), "losses/grad_clipped": clipped.mean()}
-        module_norms = (self.member @ norms.square()).sqrt()
-        module_clipped = self.member @ clipped / self.member.sum(1)
-        for name, norm, share in zip(self.modules, module_norms, module_clipped, strict=True):
-            metrics |= {f"grad_norm/{name}": norm, f"grad_clipped/{name}": share}
-        return metrics | {"charts/lr": lr}
+        torch._foreach_sub_(self.params, step)
+        return {"losses/grad_norm": norms.norm(), "charts/lr": lr}
 
 
-# ---- 10. Agent -----------------------------------------------------------------------------------
+# ---- 10. Agent and device ------------------------------------------------------------------------
+
+
+def to_device(arrays, device):
+    """dict of numpy arrays -> dict of tensors, through pinned memory to a GPU."""
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(x)) for key, x in arrays.items()}
+    if device.type == "cuda":
+        tensors = {k: x.pin_memory().to(device, non_blocking=True) for k, x in tensors.items()}
+    return tensors
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next update instead of giving it back to the system.
+
+    Otherwise page faults, one for every 4 kB, take half the time of an update on images.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_max, trim_threshold = -4, -1  # names of glibc's malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
 
 
 def compiler_works(device):
-    """Whether torch.compile can build for this device; says why not."""
+    """Whether torch.compile can build for this device; prints why not."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
         return True
@@ -1078,7 +996,7 @@ def compiler_works(device):
 
 
 class CudaGraph:
-    """A function of tensors as one CUDA graph for each set of input shapes.
+    """A function of tensors as one CUDA graph for each set of input shapes and types.
 
     Launching thousands of small kernels one by one takes longer than running them. The first three
     calls compile and warm up, the next one records, later ones replay. The function may depend on
@@ -1086,66 +1004,69 @@ class CudaGraph:
     """
 
     def __init__(self, function):
-        self.function, self.calls, self.graphs = function, {}, {}
+        self.function, self.calls, self.graphs = function, Counter(), {}
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
-        key = tuple(getattr(x, "shape", x) for x in tree_leaves(inputs))
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # on the stream that will record
+        leaves = tree_leaves(inputs)
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves)
+        self.calls[key] += 1
+        if self.calls[key] == 4:
+            self.record(key, inputs)
+        if key not in self.graphs:
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream):  # the one that will record
                 outputs = self.function(*inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
-        if key not in self.graphs:
-            static = tree_map_only(torch.Tensor, torch.clone, inputs)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                outputs = self.function(*static)
-            self.graphs[key] = graph, static, outputs
         graph, static, outputs = self.graphs[key]
-        for to, x in zip(tree_leaves(static), tree_leaves(inputs), strict=True):
-            if isinstance(x, torch.Tensor):
-                to.copy_(x, non_blocking=True)
+        for to, x in zip(static, tensors, strict=True):
+            to.copy_(x, non_blocking=True)
         graph.replay()
         return tree_map(torch.clone, outputs)
+
+    def record(self, key, inputs):
+        """Capture the function for inputs like these. If that fails, it goes on without a graph."""
+        static, graph = tree_map_only(torch.Tensor, torch.clone, inputs), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                outputs = self.function(*static)
+        except RuntimeError as error:
+            print(f"CUDA graphs do not work here, going on without them: {first_line(error)}")
+            return
+        static = [x for x in tree_leaves(static) if isinstance(x, torch.Tensor)]
+        self.graphs[key] = graph, static, outputs
 
 
 class Agent:
     """The networks with their optimizer: `act` in the environment, `train_step` on replay.
 
-    `exact` holds the float32 parameters, which the optimizer moves and checkpoints keep. `model`,
-    which computes, is the same module, or a copy with matrices rounded to bfloat16. [D23]
+    dtype: the type of matrix products and convolutions in an update; one action is not faster in
+    bfloat16. [D23]
     """
 
     def __init__(self, args, spaces, device="cpu", dtype=torch.float32):
         self.args, self.spaces, self.device = args, spaces, torch.device(device)
-        self.exact = self.model = Dreamer(args, spaces).to(self.device)
-        if dtype == torch.bfloat16:
-            self.model = copy.deepcopy(self.exact)
-            for module in self.model.modules():
-                if isinstance(module, (Linear, Conv, BlockLinear)):
-                    module.to(dtype)
+        self.model = Dreamer(args, spaces).to(self.device)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = LaProp(self.params, args)
+        low = dtype == torch.bfloat16
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=low, cache_enabled=False)
         self.fuse = lambda function: function
         if args.compile and compiler_works(self.device):
+            # Every agent of a process counts against this limit, beyond which nothing is compiled.
+            torch._dynamo.config.recompile_limit = 1000
             # The pieces, not the loops over time around them: unrolled, those take minutes.
             self.fuse = functools.cache(functools.partial(torch.compile, dynamic=False))
             model, rssm = self.model, self.model.rssm
             model.encoder.forward = self.fuse(model.encoder.forward)
             model.decoder.forward = self.fuse(model.decoder.forward)
             rssm.observe_step = self.fuse(rssm.observe_step)
-            model.imagine_step = self.fuse(model.imagine_step)
-        owners = [name.split(".")[0] for name, _ in self.exact.named_parameters()]
-        named = zip(owners, self.pairs(), strict=True)
-        trained = [(owner, p, x) for owner, (p, x) in named if p.requires_grad]
-        self.optimizer = LaProp(*zip(*trained, strict=True), args)
-        if args.compile and self.device.type == "cuda":
+            rssm.imagine_step = self.fuse(rssm.imagine_step)
+            model.choose = self.fuse(model.choose)
+        if args.cudagraphs and self.device.type == "cuda":
             self.act, self.train_step = CudaGraph(self.act), CudaGraph(self.train_step)
-
-    def pairs(self):
-        """Each parameter that computes, with the exact one."""
-        return zip(self.model.parameters(), self.exact.parameters(), strict=True)
 
     def initial(self, num_envs):
         """What `act` carries on: deter (n, D), stoch (n, S, K), previous action (n, A); zeros."""
@@ -1172,8 +1093,8 @@ class Agent:
     def loss(self, batch):
         """The sum of all losses (scalar), metrics, and the posterior states (B, T, ...).
 
-        batch: obs dict (B, T, ...), prev_action (B, T, A), reward, is_first, is_last, is_terminal
-        (B, T), and the state before the first step, deter (B, D), stoch (B, S, K).
+        batch: observations by name (B, T, ...), prev_action (B, T, A), reward, is_first, is_last,
+        is_terminal (B, T), and the state before the first step, deter (B, D), stoch (B, S, K).
         """
         args, model = self.args, self.model
         losses, deter, stoch, metrics = world_model_loss(model, batch, args)
@@ -1193,25 +1114,19 @@ class Agent:
         means = {name: loss.mean() for name, loss in losses.items()}
         total = sum(scales[name] * mean for name, mean in means.items())
         metrics |= behaviour_metrics | {f"losses/{name}": mean for name, mean in means.items()}
+        metrics["losses/total"] = total
         metrics = {name: value.detach() for name, value in metrics.items()}
         return total, metrics, deter.detach(), stoch.detach()
 
     def update(self, batch):
         """Losses, gradients, optimizer, slow critic. batch as in `loss`; metrics, deter, stoch."""
-        total, metrics, deter, stoch = self.loss(batch)
-        total.backward()
-        metrics |= {"losses/total": total.detach()} | self.optimizer.step()
-        slow, critic = self.exact.slow_critic.parameters(), self.exact.critic.parameters()
+        with self.autocast:
+            total, metrics, deter, stoch = self.loss(batch)
+        metrics |= self.optimizer.step(torch.autograd.grad(total, self.params))
+        slow, critic = self.model.slow_critic.parameters(), self.model.critic.parameters()
         with torch.no_grad():
             torch._foreach_lerp_(list(slow), list(critic), self.args.tau)
-        self.refresh()
         return metrics, deter, stoch
-
-    @torch.no_grad()
-    def refresh(self):
-        """Round the exact parameters again for the model that computes."""
-        if self.model is not self.exact:
-            torch._foreach_copy_(*map(list, zip(*self.pairs(), strict=True)))
 
     def train_step(self, batch):
         """One update of everything. batch: T+1 steps as `Replay` gives them, as tensors.
@@ -1225,29 +1140,27 @@ class Agent:
 
     def after_context(self, batch):
         """T+1 steps as in `train_step` -> the T steps that `loss` wants."""
-        flags = ("reward", "is_first", "is_last", "is_terminal")
-        steps = {key: batch[key][:, 1:] for key in flags}
-        steps["obs"] = {key: batch[key][:, 1:] for key in ("image", "vector") if key in batch}
+        steps = {key: x[:, 1:] for key, x in batch.items() if key not in ("deter", "stoch")}
         steps["prev_action"] = batch["action"][:, :-1]
-        steps["deter"] = batch["deter"].to(self.model.bins.dtype)
+        steps["deter"] = batch["deter"].to(torch.get_default_dtype())
         steps["stoch"] = one_hot(batch["stoch"], self.model.rssm.stoch_shape[1])
         return steps
 
     def state_dict(self):
-        """Everything that learns, as a dict of dicts of tensors (float32)."""
-        self.exact.return_range.copy_(self.model.return_range)
-        return {"model": self.exact.state_dict(), "optimizer": self.optimizer.state}
+        """Everything that learns, and the spaces that it belongs to."""
+        learned = {"model": self.model.state_dict(), "optimizer": self.optimizer.state}
+        return learned | {"spaces": repr(self.spaces)}
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Take over a `state_dict`. Raises UserError if it belongs to other networks."""
+        """Take over a `state_dict`. Raises UserError if it belongs to another environment."""
+        if state["spaces"] != repr(self.spaces):
+            raise UserError(f"the environment has other spaces than the checkpoint: {self.spaces}")
         try:
-            self.exact.load_state_dict(state["model"])
+            self.model.load_state_dict(state["model"])
             torch._foreach_copy_(self.optimizer.state, state["optimizer"])
         except (KeyError, RuntimeError) as error:
-            raise UserError("the checkpoint's networks do not fit this environment") from error
-        self.model.return_range.copy_(self.exact.return_range)
-        self.refresh()
+            raise UserError("the checkpoint is of other networks than this file's") from error
 
 
 # ---- 11. Replay ----------------------------------------------------------------------------------
@@ -1258,18 +1171,15 @@ class Replay:
 
     One stream per environment; all have the same length, as environments step together. Sequences
     cross episodes: the RSSM resets at is_first. Images are uint8; latents are float16 (|h| < 1) and
-    class indices. An entry is one step of all environments: arrays are (rows, num_envs, ...). With
-    a `path` they are one file mapped into memory, which grows as it fills: what was written
-    survives the process at once, and a checkpoint need not copy it.
+    class indices. An entry is one step of all environments: arrays are (length, num_envs, ...).
+    They are one file mapped into memory: what was written survives the process at once, and a
+    checkpoint need not copy it. Raises UserError if there is no room for the file.
     """
 
-    block = 1024  # steps by which the file grows
-
-    def __init__(self, length, num_envs, spaces, rssm, args, path=None):
-        vector = sum(width for _, width, _ in spaces.vectors)
+    def __init__(self, path, length, num_envs, spaces, rssm, args):
         fields = [
-            ("image", np.uint8, (IMAGE_SIZE, IMAGE_SIZE, spaces.channels)),
-            ("vector", np.float32, (vector,)),
+            *((name, np.uint8, (IMAGE_SIZE, IMAGE_SIZE, c)) for name, c in spaces.images),
+            *((name, np.float32, (width,)) for name, width, _ in spaces.vectors),
             ("action", np.float32, (spaces.action_width,)),
             ("reward", np.float32, ()),
             ("is_first", np.bool_, ()),
@@ -1278,118 +1188,108 @@ class Replay:
             ("deter", np.float16, (rssm.deter_dim,)),
             ("stoch", np.uint8, (rssm.stoch_shape[0],)),
         ]
-        fields = [
-            (name, kind, (num_envs, *shape)) for name, kind, shape in fields if 0 not in shape
-        ]
+        fields = [(name, kind, (num_envs, *shape)) for name, kind, shape in fields]
         self.names = [name for name, _, _ in fields]
-        self.entry = np.dtype([("step", np.int64), *fields], align=True)
-        self.length, self.num_envs, self.path = length, num_envs, path
+        entry = np.dtype([("step", np.int64), *fields], align=True)
+        self.path, self.length, self.num_envs = path, length, num_envs
         self.batch_size, self.window = args.batch_size, args.batch_length + 1
         self.steps = 0  # written to each stream so far; step i is at i % length
-        self.lost = 0  # steps before this one may not be read: see `load_state_dict`
-        self.fresh = deque()  # (env, first step) of sequences to give out first: online queue
+        self.readable_from = 0  # earlier steps are incomplete: see `load_state_dict`
+        self.online_queue = deque()  # (env, first step) of new sequences, to be given out first
         self.rng = np.random.default_rng(args.seed)
-        # In memory, zeros take no room until something is written.
-        self.data = np.zeros(0 if path else length, self.entry)
+        self.bytes_found = reserve(path, length * entry.itemsize)
+        self.data = np.memmap(path, entry, "r+", shape=(length,))
 
     @property
     def oldest(self):
         """The first step that can be read."""
-        return max(self.lost, self.steps - self.length)
+        return max(self.readable_from, self.steps - self.length)
 
     def __len__(self):
         """Number of start positions of sequences."""
         return self.num_envs * max(0, self.steps - self.oldest - self.window + 1)
 
-    def grow(self, rows):
-        """Make the file long enough for this many steps, and map it. Raises UserError."""
-        size = rows * self.entry.itemsize
-        before = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with open(self.path, "ab") as file:
-                # Zeros, and not a hole: a full disk must fail here, where it can be caught.
-                for start in range(before, size, 2**24):
-                    file.write(bytes(min(2**24, size - start)))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, before)  # room for a checkpoint
-            raise UserError(f"cannot grow the replay {self.path}: {error}") from error
-        self.data = np.memmap(self.path, self.entry, "r+", shape=(rows,))
-
     def add(self, entry):
         """Append one step of every environment: dict of arrays (num_envs, ...)."""
         row = self.steps % self.length
-        if row >= len(self.data):
-            self.grow(min(row + self.block, self.length))
         self.data["step"][row] = self.steps  # first: from here on, the old step is gone
         for name in self.names:
             self.data[name][row] = entry[name]
         self.steps += 1
         if self.steps % self.window == 0:
-            self.fresh.extend((env, self.steps - self.window) for env in range(self.num_envs))
+            start = self.steps - self.window
+            self.online_queue.extend((env, start) for env in range(self.num_envs))
 
     def sample(self):
-        """A batch of T+1 steps, dict of arrays (B, T+1, ...) without latents, and its place.
+        """A batch of T+1 steps, dict of arrays (B, T+1, ...) without latents, and its index.
 
-        Sequences that were just completed come first, each once; the rest is drawn uniformly.
+        Sequences that were just completed come first, each once. The rest is drawn uniformly from
+        all start positions.
         """
         starts = []
-        while self.fresh and len(starts) < self.batch_size:
-            env, start = self.fresh.popleft()
+        while self.online_queue and len(starts) < self.batch_size:
+            env, start = self.online_queue.popleft()
             if start >= self.oldest:
                 starts.append((env, start))
-        return self.read(starts + self.uniform(self.rng, self.batch_size - len(starts)))
-
-    def uniform(self, rng, count):
-        """Start positions [(env, first step)], each one equally likely."""
-        indices = rng.integers(len(self), size=count)
-        return [(i % self.num_envs, self.oldest + i // self.num_envs) for i in indices]
-
-    def read(self, starts):
-        """The sequences that begin there, as `sample` gives them."""
+        numbers = self.rng.integers(len(self), size=self.batch_size - len(starts))
+        starts += [(i % self.num_envs, self.oldest + i // self.num_envs) for i in numbers]
         envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
-        place = (first + np.arange(self.window)) % self.length, envs
+        index = (first + np.arange(self.window)) % self.length, envs
         latents = ("deter", "stoch")
-        batch = {name: self.data[name][place] for name in self.names if name not in latents}
-        # An episode abandoned without is_last ends where the next one begins.
+        batch = {name: self.data[name][index] for name in self.names if name not in latents}
+        # An episode cut off by a restart ends where the next one begins.
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
-        return batch, place
+        return batch, index
 
-    def read_latents(self, place):
+    def read_latents(self, index):
         """The stored states at a batch's first step, its context: deter (B, D), stoch (B, S)."""
-        steps, envs = place
-        return {name: self.data[name][steps[:, 0], envs[:, 0]] for name in ("deter", "stoch")}
+        rows, envs = index
+        return {name: self.data[name][rows[:, 0], envs[:, 0]] for name in ("deter", "stoch")}
 
-    def write_latents(self, place, deter, stoch):
+    def write_latents(self, index, deter, stoch):
         """Store the states an update computed, (B, T, D) and (B, T, S), for all but the context."""
-        steps, envs = place
-        self.data["deter"][steps[:, 1:], envs] = deter
-        self.data["stoch"][steps[:, 1:], envs] = stoch
+        rows, envs = index
+        self.data["deter"][rows[:, 1:], envs] = deter
+        self.data["stoch"][rows[:, 1:], envs] = stoch
 
     def state_dict(self):
-        """What the file does not hold; with the replay in memory, nothing."""
-        rng = json.dumps(self.rng.bit_generator.state)
-        state = {"steps": self.steps, "fresh": list(map(list, self.fresh)), "rng": rng}
-        return state if self.path else None
+        """All but the file's contents."""
+        rng, queue = json.dumps(self.rng.bit_generator.state), list(map(list, self.online_queue))
+        return {"steps": self.steps, "online_queue": queue, "rng": rng}
 
     def load_state_dict(self, state):
         """Go on from the file as it was at a checkpoint. Raises UserError if it is damaged.
 
         Steps from after the checkpoint are dropped: the run writes them anew. Where they had
-        overwritten the oldest steps of the ring, those are lost, and must not be read. (States
-        that lost updates stored stay: every state is of some older network.)
+        overwritten the oldest steps of the ring, those are lost, and must not be read. (Latent
+        states from lost updates stay: stored ones always come from some older network.)
         """
-        self.steps, self.fresh = state["steps"], deque(map(tuple, state["fresh"]))
+        self.steps, self.online_queue = state["steps"], deque(map(tuple, state["online_queue"]))
         self.rng.bit_generator.state = json.loads(state["rng"])
-        if not self.steps:
-            return
-        rows = min(self.steps, self.length)
-        if not self.path.exists() or self.path.stat().st_size < rows * self.entry.itemsize:
+        steps = np.arange(max(0, self.steps - self.length), self.steps)
+        if self.bytes_found < len(steps) * self.data.itemsize:
             raise UserError(f"the replay {self.path} is missing or too short")
-        self.grow(rows)
-        steps = np.arange(self.steps - rows, self.steps)
-        lost = steps[self.data["step"][steps % self.length] != steps]
-        self.lost = lost.max() + 1 if len(lost) else 0
+        overwritten = steps[self.data["step"][steps % self.length] != steps]
+        self.readable_from = max(overwritten + 1, default=0)
+
+
+def reserve(path, size):
+    """Make a file at least `size` bytes long, and take the room for all of it.
+
+    Returns its size before. Raises UserError if there is no room.
+    """
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
+            file.truncate(max(before, size))
+            if hasattr(os, "posix_fallocate"):  # elsewhere, a full disk is met later
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)  # gives the room back
+        need = f"{size / 1e9:.2f} GB for the replay {path}"
+        raise UserError(f"no {need}: {error.strerror}; lower --buffer-size?") from error
+    return before
 
 
 # ---- 12. Environments ----------------------------------------------------------------------------
@@ -1401,136 +1301,36 @@ def make_envs(args, num_envs, video=None):
     Raises UserError if it cannot be made.
     """
     try:
-        kwargs = json.loads(args.env_kwargs)
-        if not isinstance(kwargs, dict):
-            raise ValueError
-    except (ValueError, RecursionError) as error:
+        kwargs = dict(json.loads(args.env_kwargs).items())
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"--env-kwargs must be a JSON object, not {args.env_kwargs}") from error
+    gym.logger.min_level = 50  # silent: what matters is raised
     atari = args.env_id.split(":")[-1].startswith("ALE/")
     if atari:
         import_optional("ale_py", "gymnasium[atari]")  # registers its environments
-    if video:  # vector environments do not render
+    wrappers = []
+    if args.action_repeat > 1:
+        wrappers.append(lambda env: gym.wrappers.RepeatAction(env, args.action_repeat))
+    if video:
         kwargs["render_mode"] = "rgb_array"
+        record = dict(video_folder=str(video), episode_trigger=lambda episode: True)
+        wrappers.append(lambda env: gym.wrappers.RecordVideo(env, **record))
     elif atari:
-        # The C++ environment takes the maximum over two frames and resizes. Rewards and lives stay
-        # as the game has them.
+        # The C++ environment takes the maximum over two frames and resizes (that of a video does
+        # not). Rewards and lives stay as the game has them.
         defaults = dict(img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1)
         defaults |= dict(use_fire_reset=False, reward_clipping=False, episodic_life=False)
         kwargs = defaults | kwargs
-
-    def make(index):
-        """One environment of several."""
-        if multiprocessing.parent_process():  # Ctrl-C reaches all: leave the answer to the parent
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)  # `Guard` checks
-        if video:
-            env = gym.wrappers.RecordVideo(env, str(video), lambda episode: True)
-        if args.action_repeat > 1:
-            env = ActionRepeat(env, args.action_repeat)
-        return Guard(env, index)
-
     try:
-        module, _, name = args.env_id.rpartition(":")
-        if module:
-            importlib.import_module(module)
-        own_vector = getattr(gym.registry.get(name), "vector_entry_point", None)
-        single = args.async_envs or args.action_repeat > 1
-        if own_vector and not video and (atari or not single):
-            envs = gym.make_vec(args.env_id, num_envs, **kwargs)
-        else:
-            vector = gym.vector.SyncVectorEnv
-            if args.async_envs:
-                vector = gym.vector.AsyncVectorEnv
-                gym.logger.min_level = 50  # off: it would print what `Guard` says
-            envs = vector([functools.partial(make, index) for index in range(num_envs)])
+        mode = "async" if args.async_envs else "sync"
+        if atari and not video or mode == "sync" and not wrappers:
+            mode = None  # the environment's own vector version, if it has one
+        envs = gym.make_vec(args.env_id, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
         raise UserError(f"cannot make --env-id {args.env_id}: {error}") from error
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"{args.env_id} does not reset in NEXT_STEP mode: try --async-envs")
     return envs
-
-
-class ActionRepeat(gym.Wrapper):
-    """Takes each action `repeat` times, or until the episode ends; the rewards are added up."""
-
-    def __init__(self, env, repeat):
-        super().__init__(env)
-        self.repeat = repeat
-
-    def step(self, action):
-        """As gymnasium.Env.step."""
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += reward
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
-
-
-class Guard(gym.Wrapper):
-    """Says in one line what an environment does wrong: which one, at which step, what."""
-
-    def __init__(self, env, index):
-        super().__init__(env)
-        self.index, self.steps = index, 0
-
-    def reset(self, **kwargs):
-        """As gymnasium.Env.reset."""
-        return self.check(lambda: self.env.reset(**kwargs))
-
-    def step(self, action):
-        """As gymnasium.Env.step."""
-        return self.check(lambda: self.env.step(action))
-
-    def check(self, call):
-        """The result of `call`. Raises UserError if it fails or does not fit the space."""
-        self.steps += 1
-        try:
-            obs, *rest = result = call()
-            for name, (path, space) in leaves(self.observation_space).items():
-                value = pick(obs, path)
-                if value.shape != (space.shape or ()):
-                    raise ValueError(f"{name} has shape {value.shape}, its space {space.shape}")
-                if not np.can_cast(value.dtype, space.dtype, "same_kind"):
-                    raise ValueError(f"{name} is {value.dtype}, its space {space.dtype}")
-                if discrete_classes(space) and not space.contains(value):
-                    raise ValueError(f"{name} is {value}, not in {space}")
-            if len(rest) != 1:  # not of reset
-                reward, terminated, truncated, _ = rest
-                if np.shape(reward) or not {terminated, truncated} <= {0, 1}:
-                    raise ValueError(f"reward {reward}, ends {terminated} and {truncated}")
-            return result
-        except (Exception, SystemExit) as error:
-            problem = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"environment {self.index}, its step {self.steps}: {problem}"
-            ) from error
-
-
-def import_optional(module, package):
-    """Import a package that only some uses need; a UserError names the command to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"this needs {module}: pip install '{package}'") from error
-
-
-def leaves(space, path=()):
-    """The simple spaces inside nested Dict and Tuple spaces: name -> (path, space), sorted."""
-    if not isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
-        return {"/".join(("obs", *map(str, path))): (path, space)}
-    items = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
-    found = [leaf for key, inner in items for leaf in leaves(inner, (*path, key)).items()]
-    if len(dict(found)) < len(found):
-        raise UserError(f"two observations have the same name: {', '.join(dict(found))}")
-    return dict(sorted(found))
-
-
-def pick(obs, path):
-    """What a nested observation has at the end of a path, as an array."""
-    return np.asarray(functools.reduce(operator.getitem, path, obs))
 
 
 def discrete_classes(space):
@@ -1544,12 +1344,14 @@ def discrete_classes(space):
 
 def encode_vector(value, space):
     """(n, ...) values of a space -> (n, width) float32; discrete ones as one-hots side by side."""
-    classes = discrete_classes(space)
+    value, classes = value.reshape(len(value), -1), discrete_classes(space)
     if not classes:
-        return value.reshape(len(value), -1).astype(np.float32)
-    index = (value - getattr(space, "start", 0)).reshape(len(value), -1).astype(np.int64)
+        return value.astype(np.float32)
+    index = value - np.reshape(getattr(space, "start", 0), -1)
+    if ((index < 0) | (index >= classes)).any():
+        raise ValueError(f"the observation {value.tolist()} is not in {space}")
     encoded = np.zeros((len(value), sum(classes)), np.float32)
-    np.put_along_axis(encoded, index + np.cumsum((0, *classes[:-1])), 1.0, 1)
+    np.put_along_axis(encoded, index.astype(np.int64) + np.cumsum((0, *classes[:-1])), 1.0, 1)
     return encoded
 
 
@@ -1571,108 +1373,98 @@ def encode_image(image):
     return x.permute(0, 2, 3, 1).numpy()
 
 
-class Environments:
-    """A vector environment in the agent's terms: 64x64 images, one flat vector, action vectors.
+def encode(space, value, name="obs"):
+    """Take batched values of a space apart: [(name, discrete classes, (n, ...) array)], sorted.
 
-    `spaces` describes them to the networks. Raises UserError for spaces that cannot be encoded.
+    Dict and Tuple spaces may be nested. The arrays are images (n, 64, 64, C) uint8 and vectors
+    (n, width) float32. Raises UserError for spaces that cannot be encoded.
+    """
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        items = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
+        parts = [encode(inner, value[key], f"{name}/{key}") for key, inner in items]
+        return sorted(sum(parts, []), key=operator.itemgetter(0))
+    is_box, classes = isinstance(space, gym.spaces.Box), discrete_classes(space)
+    if 0 in (space.shape or ()) or not (is_box or classes):
+        raise UserError(f"{name}: cannot encode the space {space}")
+    if is_box and space.dtype == np.uint8 and 2 <= len(space.shape) <= 4:
+        return [(name, (), encode_image(np.asarray(value)))]
+    return [(name, classes, encode_vector(np.asarray(value), space))]
+
+
+LONGEST_EPISODE = 100_000  # agent steps after which a running episode is reported as it stands
+
+
+class Environments:
+    """A vector environment in the agent's terms: observations by name, action vectors.
+
+    `spaces` describes them to the networks. `entry` is the present column of the table at the head
+    of this file, but for the action. Raises UserError for spaces that cannot be encoded, and for
+    whatever the environments do wrong.
     """
 
     def __init__(self, args, num_envs, seed, video=None):
         self.envs, self.num_envs, self.seed = make_envs(args, num_envs, video), num_envs, seed
-        self.images, self.vectors = {}, {}
-        self.steps = 0
-        for name, (path, space) in leaves(self.envs.single_observation_space).items():
-            is_box = isinstance(space, gym.spaces.Box)
-            if 0 in (space.shape or ()):
-                raise UserError(f"{name}: the space is empty, {space}")
-            if is_box and space.dtype == np.uint8 and 2 <= len(space.shape) <= 4:
-                self.images[name] = path, space
-            elif is_box or discrete_classes(space):
-                self.vectors[name] = path, space
-            else:
-                raise UserError(f"{name}: cannot encode a {type(space).__name__} space")
-        self.action_space = space = self.envs.single_action_space
-        classes = discrete_classes(space)
-        if not classes and not isinstance(space, gym.spaces.Box) or 0 in space.shape:
-            raise UserError(f"actions of a {type(space).__name__} space are not supported")
-        example = self.encode_obs(self.envs.observation_space.sample())
-        vectors = []
-        for name, (_, space) in self.vectors.items():
-            classes_of = discrete_classes(space)
-            vectors.append((name, sum(classes_of) or math.prod(space.shape), classes_of))
-        channels = example["image"].shape[-1] if self.images else 0
-        width = sum(classes) or math.prod(self.action_space.shape)
-        self.spaces = Spaces(channels, tuple(vectors), classes, width)
+        self.steps, self.action_space = 0, self.envs.single_action_space
+        classes, shape = discrete_classes(self.action_space), self.action_space.shape
+        if not (classes or isinstance(self.action_space, gym.spaces.Box)) or 0 in shape:
+            raise UserError(f"actions of the space {self.action_space} are not supported")
+        parts = encode(self.envs.single_observation_space, self.envs.observation_space.sample())
+        names = [name for name, _, _ in parts]
+        if len(set(names)) < len(names):
+            raise UserError(f"two observations have the same name: {', '.join(names)}")
+        images = tuple((name, x.shape[-1]) for name, _, x in parts if x.ndim == 4)
+        vectors = tuple((name, x.shape[-1], kinds) for name, kinds, x in parts if x.ndim == 2)
+        self.spaces = Spaces(images, vectors, classes, sum(classes) or math.prod(shape))
 
     def reset(self):
-        """First observations of all environments: dict of arrays (n, ...)."""
-        return self.encode_obs(self.call(lambda: self.envs.reset(seed=self.seed))[0])
+        """Begin an episode in every environment."""
+        n, zeros = self.num_envs, np.zeros(self.num_envs, bool)
+        self.returns, self.lengths = np.zeros(n), np.zeros(n, int)
+        with self.faults():
+            self.entry = self.encode_obs(self.envs.reset(seed=self.seed)[0])
+        self.entry |= dict(is_first=~zeros, is_last=zeros, is_terminal=zeros)
+        self.entry["reward"] = zeros.astype(np.float32)
 
-    def send(self, action):
-        """Begin a step with action vectors (n, A); `receive` ends it.
+    def step(self, action):
+        """Carry out action vectors (n, A): [(environment, return, length)] of ended episodes.
 
-        Between the two, environments that can (Atari, --async-envs) run beside the training.
+        After an end, the next step leads to the next episode's first observation.
         """
-        self.action = self.decode_action(action)
-        begin = getattr(self.envs, "send", getattr(self.envs, "step_async", None))
-        if begin:
-            self.call(begin, self.action)
-
-    def receive(self):
-        """obs, reward, terminated, truncated; after an end, the next episode's first obs."""
-        end = getattr(self.envs, "recv", getattr(self.envs, "step_wait", None))
-        result = self.call(end) if end else self.call(self.envs.step, self.action)
-        obs, reward, terminated, truncated, _ = result
         self.steps += 1
-        reward = np.asarray(reward, np.float32)
-        self.check_finite("the reward", reward)
-        return (
-            self.encode_obs(obs),
-            reward,
-            np.asarray(terminated, bool),
-            np.asarray(truncated, bool),
-        )
+        with self.faults():
+            obs, *results, _ = self.envs.step(self.decode_action(action))
+            reward, terminal, truncated = map(np.asarray, results)
+            is_first, is_last = self.entry["is_last"], terminal | truncated
+            self.entry = self.encode_obs(obs) | dict(is_first=is_first, is_last=is_last)
+            self.entry |= dict(is_terminal=terminal, reward=reward.astype(np.float32))
+            for name, x in self.entry.items():
+                finite = np.isfinite(x).reshape(self.num_envs, -1).all(1)
+                if not finite.all():
+                    raise ValueError(f"{name} of environment {finite.argmin()} is not finite")
+            self.returns += reward
+            self.lengths += ~is_first
+        ended = is_last | (self.lengths >= LONGEST_EPISODE)
+        episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)]
+        self.returns[ended] = self.lengths[ended] = 0
+        return episodes
 
-    def call(self, function, *args):
-        """The result of a function of the vector environment. Raises UserError for any failure."""
+    @contextlib.contextmanager
+    def faults(self):
+        """Turn whatever fails in the environments into a UserError."""
         try:
-            return function(*args)
-        except UserError:
-            raise
-        except Exception as error:  # such as EOFError: a process of --async-envs has died
+            yield
+        except (Exception, SystemExit) as error:  # such as EOFError: a worker has died
             problem = f"{type(error).__name__}: {error}"
             raise UserError(f"the environments failed at step {self.steps}: {problem}") from error
 
-    def close(self):
-        """End the environments; those that have died already cannot say so."""
-        with contextlib.suppress(Exception):
-            self.envs.close()
-        self.envs.closed = True  # or it would try again when it is deleted
-
-    def check_finite(self, name, values):
-        """Raise UserError if one of the values (n, ...) is not a finite number."""
-        bad = ~np.isfinite(values).reshape(self.num_envs, -1).all(1)
-        if bad.any():
-            raise UserError(f"environment {bad.argmax()}, step {self.steps}: {name} is not finite")
-
     def encode_obs(self, obs):
-        """Batched observations -> dict of `image` (n, 64, 64, C) and `vector` (n, width)."""
-        encoded = {}
-        if self.images:
-            images = [encode_image(pick(obs, path)) for path, _ in self.images.values()]
-            encoded["image"] = np.concatenate(images, -1)
-        if self.vectors:
-            vectors = []
-            for name, (path, space) in self.vectors.items():
-                vectors.append(encode_vector(pick(obs, path), space))
-                self.check_finite(name, vectors[-1])
-            encoded["vector"] = np.concatenate(vectors, -1)
-        return encoded
+        """Batched observations -> dict of images (n, 64, 64, C) and vectors (n, width), by name."""
+        return {name: x for name, _, x in encode(self.envs.single_observation_space, obs)}
 
     def decode_action(self, action):
         """Action vectors (n, A) -> the environment's actions.
 
-        Continuous ones are clipped to [-1, 1] and scaled to the bounds, where there are any.
+        Continuous ones with two finite bounds are clipped to [-1, 1] and scaled to the bounds.
         """
         space = self.action_space
         if classes := self.spaces.action_classes:
@@ -1687,90 +1479,69 @@ class Environments:
         action = np.clip(np.where(bounded, scaled, action), space.low, space.high)
         return (np.rint(action) if space.dtype.kind in "iu" else action).astype(space.dtype)
 
+    def close(self):
+        """End the environments; those that have died already cannot say so."""
+        with contextlib.suppress(Exception):
+            self.envs.close()
+        self.envs.closed = True  # or it would try again when it is deleted
 
-# ---- 13. Logging, training, evaluation, looking inside, checkpoint -------------------------------
+
+# ---- 13. Logging, training, evaluation, pictures, checkpoint -------------------------------------
 
 
 class Logger:
-    """Metrics to metrics.jsonl, to TensorBoard if it is installed, to W&B with --track.
+    """Metrics to metrics.jsonl, and to TensorBoard if it is installed; from there to W&B (--track).
 
-    Holds the run's folder against other processes. A resumed run begins at `step`.
-
-    The status line is rewritten in place on a terminal, and printed every ten seconds elsewhere.
+    Locks the run's folder. `state` is a checkpoint's: lines written after it are dropped. A status
+    line is rewritten in place on a terminal, and printed every ten seconds elsewhere.
     """
 
-    def __init__(self, args, folder, step=0, updates=0):
-        self.lock = None
-        with contextlib.suppress(ImportError):  # which Windows does not have
-            fcntl, self.lock = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
+    def __init__(self, args, folder, state=None):
+        state = state or {"bytes": 0, "seconds": 0.0, "step": 0}
+        self.file, self.tensorboard = open(folder / "metrics.jsonl", "ab", buffering=0), None
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{folder} is in use by another process") from error
-        path, lines = folder / "metrics.jsonl", []
-        if step:  # a resumed run: drop what was written after its checkpoint
-            for line in path.read_bytes().splitlines() if path.exists() else ():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # the last may be torn
-                    entry = json.loads(line)
-                    lines += [entry] if entry["step"] <= step and entry["time"] >= 0 else []
-        text = "".join(f"{json.dumps(entry)}\n" for entry in lines)
-        path.with_suffix(".tmp").write_text(text)
-        os.replace(path.with_suffix(".tmp"), path)
-        self.file = open(path, "a", buffering=1)
-        self.tensorboard = self.wandb = None
+        self.file.truncate(min(state["bytes"], os.fstat(self.file.fileno()).st_size))
+        if args.track:
+            where = dict(project=args.wandb_project_name, entity=args.wandb_entity)
+            same = dict(id=re.sub(r"\W", "-", folder.name), name=folder.name, resume="allow")
+            wandb = import_optional("wandb", "wandb")
+            wandb.init(**where, **same, config=asdict(args), sync_tensorboard=True)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(folder, purge_step=step + 1)
-        if args.track:
-            self.wandb = import_optional("wandb", "wandb")
-            where = dict(project=args.wandb_project_name, entity=args.wandb_entity)
-            same = dict(id=re.sub(r"\W", "-", folder.name), resume="allow")
-            self.wandb.init(**where, **same, name=folder.name, config=asdict(args))
-        self.total, self.terminal = args.total_timesteps, sys.stdout.isatty()
-        self.began = time.time() - (lines[-1]["time"] if lines else 0)
-        # (time, step, updates) of the last status lines
-        self.marks = deque([(time.time(), step, updates)], maxlen=20)
-        self.returns, self.rates = deque(maxlen=20), (0.0, 0.0)  # steps, updates a second
+            self.tensorboard = SummaryWriter(folder, purge_step=state["step"] + 1)
+        self.began, self.terminal = time.time() - state["seconds"], sys.stdout.isatty()
+        self.returns, self.total = deque(maxlen=20), args.total_timesteps
+        self.marks = None  # (time, step, updates) of the last status lines
+        self.rates = 0.0, 0.0  # agent steps, updates a second
 
-    def write(self, step, metrics):
+    def state_dict(self, step):
+        """What a resumed run needs to go on after this step."""
+        size, seconds = os.fstat(self.file.fileno()).st_size, time.time() - self.began
+        return {"bytes": size, "seconds": seconds, "step": step}
+
+    def write(self, step, metrics, picture=None):
         """One line of scalars, those that are finite: dict of name -> number or 0-d tensor."""
         metrics = {name: float(value) for name, value in metrics.items()}
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         line = {"step": step, "time": round(time.time() - self.began, 3)} | metrics
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps(line).encode() + b"\n")
         if self.tensorboard:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-
-    def report(self, step, metrics, files):
-        """What `report` found: metrics, and files to look at, a table first, then pictures."""
-        self.write(step, metrics)
-        kinds = ", ".join(path.suffix for path in files)
-        self.show(f"step {step:,}  what the model foresees: {files[0].with_suffix('')} ({kinds})")
-        for path in files[1:]:  # the pictures
-            name = f"dreams/{path.suffix[1:]}"
-            if self.tensorboard:
-                from tensorboard.compat.proto.summary_pb2 import Summary
-
-                image = Summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
-                value = Summary.Value(tag=name, image=image)
-                self.tensorboard.file_writer.add_summary(Summary(value=[value]), step)
-            if self.wandb:
-                kind = self.wandb.Image if path.suffix == ".png" else self.wandb.Video
-                self.wandb.log({name: kind(str(path))}, step=step)
-
-    def episode(self, step, episode_return, length):
-        """A finished training episode: raw return, length in agent steps."""
-        self.returns.append(episode_return)
-        names = ("charts/episodic_return", "charts/episodic_length")
-        self.write(step, dict(zip(names, (episode_return, length), strict=True)))
+            if picture is not None:
+                self.tensorboard.add_image("dreams", picture, step, dataformats="HWC")
 
     def status(self, step, updates):
         """Show the status line if it is time for it."""
         now = time.time()
+        self.marks = self.marks or deque([(now, step, updates)], maxlen=20)
         if now - self.marks[-1][0] < (0.5 if self.terminal else 10):
             return
         self.marks.append((now, step, updates))
@@ -1791,123 +1562,66 @@ class Logger:
             print(f"\r\x1b[2K{text}" if self.terminal else text, end=end, flush=True)
 
     def close(self):
-        """Flush and close everything."""
-        with contextlib.suppress(OSError):  # what a full disk did not take
-            self.file.close()
-        if self.lock is not None:
-            os.close(self.lock)
+        """Close the files."""
+        self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def to_device(arrays, device):
-    """dict of numpy arrays -> dict of tensors, through pinned memory to a GPU."""
-    tensors = {key: torch.from_numpy(np.ascontiguousarray(x)) for key, x in arrays.items()}
-    if device.type == "cpu":
-        return tensors
-    return {key: x.pin_memory().to(device, non_blocking=True) for key, x in tensors.items()}
-
-
-def keep_freed_memory():
-    """Have glibc keep freed memory for the next update instead of giving it back to the system.
-
-    Getting large blocks again costs a page fault every 4 kB: half of an update on images.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        mmap_max, trim_threshold = -4, -1  # names of glibc's malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-
-
-def peak_memory(device):
-    """The most memory taken so far, on the GPU or in this process: GB; 0 where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    with contextlib.suppress(ImportError):  # which Windows does not have
-        resource = importlib.import_module("resource")
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    return 0.0
-
-
-COUNTERS = ("step", "updates", "credit", "evaluated")
 
 
 class Trainer:
     """Collection and training: what a run carries from one step to the next."""
 
-    def __init__(self, args, device, dtype, replay_path=None, checkpoint=None):
-        self.args, n = args, args.num_envs
-        # A resumed run begins new episodes: not those of its start, nor those of evaluations.
-        seed = args.seed + (100_000 + checkpoint["step"] if checkpoint else 0)
-        self.envs = Environments(args, n, seed)
-        try:
-            self.agent = Agent(args, self.envs.spaces, device, dtype)
-        except RuntimeError as error:
-            raise UserError(f"cannot make networks of this size: {first_line(error)}") from error
-        steps = args.buffer_size if replay_path else min(args.buffer_size, args.total_timesteps + n)
-        sizes = -(-steps // n), n, self.envs.spaces, self.agent.model.rssm, args
-        self.replay = Replay(*sizes, replay_path)
-        if device.type == "cpu":
-            keep_freed_memory()  # not before: the zeros of a replay in memory are to stay untouched
-        self.step = self.updates = self.evaluated = 0  # steps, updates, step of the last evaluation
+    counters = ("step", "updates", "credit", "evaluated")
+
+    def __init__(self, args, envs, agent, folder, checkpoint=None):
+        self.args, self.envs, self.agent, n = args, envs, agent, args.num_envs
+        steps = max(args.total_timesteps, checkpoint["step"] if checkpoint else 0) + n
+        length = math.ceil(min(args.buffer_size, steps) / n)
+        rssm = agent.model.rssm
+        self.replay = Replay(folder / "replay.bin", length, n, envs.spaces, rssm, args)
+        if agent.device.type == "cpu":
+            keep_freed_memory()
+        self.step = self.updates = 0
+        self.evaluated = 0  # step of the last evaluation
         self.updates_per_step = args.train_ratio / (args.batch_size * args.batch_length)
         self.credit = float(self.updates_per_step > 0)  # updates owed; the first one at once
         self.starts_needed = args.batch_size * args.batch_length  # before training begins [D22]
-        self.metrics, self.pending = {}, None  # of the latest update; states not yet stored
+        self.batch, self.metrics = None, {}  # of the latest update
+        self.pending = None  # index and latent states of the latest update, not yet stored
         if checkpoint:
             self.load_state_dict(checkpoint)
-        self.obs, self.carry = self.envs.reset(), self.agent.initial(n)
-        self.is_first, self.is_last = np.ones(n, bool), np.zeros(n, bool)
-        self.is_terminal, self.reward = np.zeros(n, bool), np.zeros(n, np.float32)
-        self.episode_return, self.episode_length = np.zeros(n), np.zeros(n, int)
+        envs.reset()
+        self.carry = agent.initial(n)
 
     def collect_and_train(self):
-        """One step of every environment and the updates due: [(return, length)] of episodes."""
-        # Act. Nothing is chosen at the last step of an episode: zeros. [D24]
-        obs = to_device(self.obs | {"is_first": self.is_first}, self.agent.device)
-        self.carry = self.agent.act(obs, self.carry)
-        latents = self.carry[0].half(), self.carry[1].argmax(-1), self.carry[2]
-        deter, stoch, action = (x.cpu().numpy() for x in latents)
-        action = action * ~self.is_last[:, None]
-        entry = dict(action=action, reward=self.reward, deter=deter, stoch=stoch)
-        flags = dict(is_first=self.is_first, is_last=self.is_last, is_terminal=self.is_terminal)
-        self.write_latents()  # before the ring moves on
-        self.replay.add(self.obs | entry | flags)
+        """One step of every environment and the updates due: episodes as of `Environments.step`."""
+        entry = self.envs.entry
+        self.carry = self.agent.act(to_device(entry, self.agent.device), self.carry)
+        deter, stoch, action = self.carry
+        stored = dict(deter=deter.half(), stoch=stoch.argmax(-1), action=action)
+        stored = {name: x.cpu().numpy() for name, x in stored.items()}
+        stored["action"] = stored["action"] * ~entry["is_last"][:, None]  # zeros at an end [D24]
+        self.finish_update()  # before the ring moves on
+        self.replay.add(entry | stored)
         self.step += self.args.num_envs
-        self.envs.send(action)
-
-        # Train, while the environments step. [D22]
-        if len(self.replay) >= self.starts_needed:
+        if len(self.replay) >= self.starts_needed:  # [D22]
             while self.credit >= 1:
                 self.train()
                 self.credit -= 1
             self.credit += self.args.num_envs * self.updates_per_step
-
-        # See what the action led to.
-        self.obs, self.reward, self.is_terminal, truncated = self.envs.receive()
-        self.is_first, self.is_last = self.is_last, self.is_terminal | truncated
-        self.episode_return += self.reward
-        self.episode_length += ~self.is_first
-        ended = self.is_last
-        episodes = list(zip(self.episode_return[ended], self.episode_length[ended], strict=True))
-        self.episode_return[ended] = self.episode_length[ended] = 0
-        return episodes
+        return self.envs.step(stored["action"])
 
     def train(self):
-        """One update. A GPU goes on with it when this returns."""
-        batch, place = self.replay.sample()  # while a GPU is busy with an update just before
-        self.write_latents()
-        batch |= self.replay.read_latents(place)
-        batch = to_device(batch, self.agent.device)
-        self.metrics, *latents = self.agent.train_step(batch)
-        self.pending = place, latents
+        """One update. A GPU may still be busy with it when this returns: see `finish_update`."""
+        batch, index = self.replay.sample()
+        self.finish_update()
+        self.batch = to_device(batch | self.replay.read_latents(index), self.agent.device)
+        self.metrics, *latents = self.agent.train_step(self.batch)
+        self.pending = index, latents
         self.updates += 1
 
-    def write_latents(self):
-        """Put the states that the latest update computed into the replay; waits for the update.
+    def finish_update(self):
+        """Wait for the latest update and put the states that it computed into the replay.
 
         Raises UserError if it was not finite: its states would spoil the replay, and its networks
         the checkpoint.
@@ -1917,286 +1631,178 @@ class Trainer:
             bad = [name for name in losses if not math.isfinite(self.metrics[name])]
             if bad:
                 raise UserError(f"update {self.updates} was not finite: {', '.join(bad)}")
-            place, latents = self.pending
-            self.replay.write_latents(place, *(x.cpu().numpy() for x in latents))
+            index, latents = self.pending
+            self.replay.write_latents(index, *(x.cpu().numpy() for x in latents))
             self.pending = None
 
-    def usage(self):
-        """What the run takes: updates, share and size of the filled replay, peak memory."""
-        rows = min(self.replay.steps, self.replay.length)
-        return {
-            "charts/updates": self.updates,
-            "charts/replay_fill": rows / self.replay.length,
-            "charts/replay_gb": rows * self.replay.entry.itemsize / 1e9,
-            "charts/memory_gb": peak_memory(self.agent.device),
-        }
-
     def state_dict(self):
-        """All that a resumed run needs beside the replay's file. Raises UserError, see above."""
-        self.write_latents()
-        counters = {name: getattr(self, name) for name in COUNTERS}
-        random = {"cpu": torch.get_rng_state()}
-        if self.agent.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.agent.device)
+        """All that a resumed run needs beside the replay's file. Raises as `finish_update`."""
+        self.finish_update()
         state = {"agent": self.agent.state_dict(), "replay": self.replay.state_dict()}
-        return counters | state | {"random": random, "spaces": repr(self.envs.spaces)}
+        state["random"] = torch.get_rng_state()
+        if self.agent.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.agent.device)
+        return state | {name: getattr(self, name) for name in self.counters}
 
     def load_state_dict(self, state):
         """Take over a `state_dict`. Raises UserError if it does not fit."""
-        if state["spaces"] != repr(self.envs.spaces):
-            raise UserError(f"the environment has other spaces now: {self.envs.spaces}")
         self.agent.load_state_dict(state["agent"])
-        for name in COUNTERS:
+        self.replay.load_state_dict(state["replay"])
+        for name in self.counters:
             setattr(self, name, state[name])
-        if self.replay.path and state["replay"]:
-            self.replay.load_state_dict(state["replay"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.agent.device.type == "cuda" and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.agent.device)
-
-
-LONGEST_EPISODE = 100_000  # steps after which an evaluation counts an episode as it stands
+        torch.set_rng_state(state["random"])
+        if self.agent.device.type == "cuda" and "random_cuda" in state:
+            torch.cuda.set_rng_state(state["random_cuda"], self.agent.device)
 
 
 def evaluate(agent, args, episodes, video=None, stop=()):
     """Returns of `episodes` episodes in environments of their own; `video`: folder to record in.
 
-    Takes the most likely actions, or samples with --eval-sample. Each environment plays a fixed
-    number of episodes: taking the first ones to finish would favour short episodes. Ends at once,
-    with fewer, when something is put into the list `stop`.
+    Each environment plays a fixed number of episodes: taking the first ones to finish would favour
+    short episodes. Ends at once, with fewer, when something is put into the list `stop`.
     """
     num_envs = 1 if video else min(episodes, 8)
-    envs = Environments(args, num_envs, seed=args.seed + 10_000, video=video)
+    envs, returns = Environments(args, num_envs, args.seed + 10_000, video), []
     remaining = np.array([len(range(i, episodes, num_envs)) for i in range(num_envs)])
-    obs, is_first, carry = envs.reset(), np.ones(num_envs, bool), agent.initial(num_envs)
-    running, returns, is_last = np.zeros(num_envs), [], np.zeros(num_envs, bool)
-    length = np.zeros(num_envs, int)
     try:
+        envs.reset()
+        carry = agent.initial(num_envs)
         while remaining.any() and not stop:
-            tensors = to_device(obs | {"is_first": is_first}, agent.device)
-            carry = agent.act(tensors, carry, not args.eval_sample)
-            envs.send(carry[-1].cpu().numpy())
-            obs, reward, terminated, truncated = envs.receive()
-            running += reward
-            is_first, is_last = is_last, terminated | truncated
-            length += 1
-            over = is_last | (length >= LONGEST_EPISODE)
-            returns += list(running[over & (remaining > 0)])
-            remaining -= over & (remaining > 0)
-            running[over] = length[over] = 0
+            carry = agent.act(to_device(envs.entry, agent.device), carry, not args.eval_sample)
+            for env, episode_return, _ in envs.step(carry[-1].cpu().numpy()):
+                if remaining[env]:
+                    returns.append(episode_return)
+                    remaining[env] -= 1
     finally:
         envs.close()
     return np.array(returns)
 
 
 def summary(returns):
-    """Mean, spread and range of returns as text."""
-    text = f"mean {returns.mean():.1f}"
-    if len(returns) > 1:
-        text += f" +- {returns.std(ddof=1) / len(returns) ** 0.5:.1f} (standard error)"
-    text += f", median {np.median(returns):.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
-    return f"{text}, {len(returns)} episodes"
+    """Mean, standard error and range of returns as text."""
+    error = returns.std(ddof=min(1, len(returns) - 1)) / len(returns) ** 0.5
+    text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error)"
+    return f"{text}, min {returns.min():.1f}, max {returns.max():.1f}, {len(returns)} episodes"
+
+
+def evaluate_checkpoint(args, device):
+    """--evaluate: play with a checkpoint's networks in its environment. Gives the returns."""
+    checkpoint = load_checkpoint(args.evaluate)
+    kept = "evaluate eval_episodes eval_sample capture_video seed cuda cudagraphs".split()
+    args = replace(checkpoint["args"], compile=False, **{k: getattr(args, k) for k in kept})
+    envs = Environments(args, 1, args.seed)  # only for its spaces
+    envs.close()
+    agent = Agent(args, envs.spaces, device)
+    agent.load_state_dict(checkpoint["agent"])
+    returns = evaluate(agent, args, args.eval_episodes)
+    print(f"{args.env_id} after {checkpoint['step']:,} agent steps: {summary(returns)}")
+    if args.capture_video:
+        evaluate(agent, args, 1, Path(args.evaluate).parent / f"videos/step_{checkpoint['step']}")
+    return returns
 
 
 @torch.compiler.set_stance("force_eager")  # too rare to be worth compiling
 @torch.no_grad()
 def open_loop(model, steps, seen):
-    """What the model foresees of T replayed steps of which it sees the first `seen`.
+    """What the model predicts for T replayed steps of which it sees the first `seen`.
 
     From then on the prior takes the posterior's place, with the recorded actions. steps as in
-    `Agent.loss`. Returns name -> (truth, prediction), (B, T, ...) each, of every observation and
-    the reward, and the posterior features of all steps (B, T, F).
+    `Agent.loss`. Returns reconstructions as of `Decoder.forward`: dict of (B, T, ...).
     """
-    actions, is_first = steps["prev_action"], steps["is_first"]
-    embed = model.encoder(steps["obs"])
-    deter, stoch, _ = model.rssm.observe(embed, actions, is_first, steps["deter"], steps["stoch"])
+    start = (steps[name] for name in ("prev_action", "is_first", "deter", "stoch"))
+    deter, stoch, _ = model.rssm.observe(model.encoder(steps), *start)
     states = list(zip(deter[:, :seen].unbind(1), stoch[:, :seen].unbind(1), strict=True))
-    weights = model.rssm.weights()
-    for t in range(seen, actions.shape[1]):
-        states.append(model.rssm.imagine_step(*states[-1], actions[:, t], weights))
-    foreseen = [torch.stack(x, 1) for x in zip(*states, strict=True)]
-    pairs = model.decoder.truth_and_prediction(model.decoder(*foreseen), steps["obs"])
-    reward = twohot_mean(model.reward(model.rssm.feat(*foreseen)), model.bins)
-    return pairs | {"reward": (steps["reward"], reward)}, model.rssm.feat(deter, stoch)
-
-
-@torch.no_grad()
-def critic_calibration(model, feat, steps, args):
-    """What the critic says of the next T // 2 replayed steps against their rewards: metrics.
-
-    feat (B, T, F). Said of n steps is v[t] - gamma^n v[t+n], or what is left of it when the episode
-    ends before; realised are the discounted rewards. All windows of n steps are taken.
-    """
-    value = twohot_mean(model.critic(feat), model.bins)
-    last = steps["is_last"].to(value.dtype)
-    cont = (1 - steps["is_terminal"].to(value.dtype)) * args.gamma
-    n = value.shape[1] // 2
-    windows = lambda x: x.unfold(1, n + 1, 1).flatten(0, 1)  # (B (T - n), n + 1)
-    reward, value, cont, last = map(windows, (steps["reward"], value, cont, last))
-    zeros = torch.zeros_like(value)
-    realised = lambda_return(reward, zeros, cont, last, 1.0)[:, 0]
-    predicted = value[:, 0] - lambda_return(zeros, value, cont, last, 1.0)[:, 0]
-    pairs = torch.stack([predicted, realised])[:, last[:, 0] == 0]  # nothing follows an end
-    if pairs.shape[1] < 2:
-        return {}
-    return {
-        "report/critic_predicted": pairs[0].mean(),
-        "report/critic_realised": pairs[1].mean(),
-        "report/critic_error": (pairs[0] - pairs[1]).square().mean().sqrt(),
-        "report/critic_correlation": torch.corrcoef(pairs)[0, 1],  # nan if one is constant
-    }
+    layers = model.rssm.layers()
+    for t in range(seen, deter.shape[1]):
+        states.append(model.rssm.imagine_step(*states[-1], steps["prev_action"][:, t], layers))
+    return model.decoder(*(torch.stack(x, 1) for x in zip(*states, strict=True)))
 
 
 def report(trainer, path):
-    """Look inside: open-loop prediction and critic, on sequences drawn from the replay.
+    """What the model predicts for the latest batch: metrics, and a picture (h, w, 3).
 
-    Writes a table of errors to the `path`, vectors and rewards as arrays beside it (.npz), and of
-    images a film strip (.png) and, if Pillow is installed, a film (.gif). Returns metrics, and the
-    files for people.
+    It sees the first half. The metrics are the losses of each observation in the second half. The
+    picture, of the first image, is written to the `path`; without images there is none.
     """
-    args, agent, replay = trainer.args, trainer.agent, trainer.replay
-    rng = np.random.default_rng([args.seed, trainer.step])
-    trainer.write_latents()  # of a finite update
-    batch, place = replay.read(replay.uniform(rng, args.batch_size))
-    steps = agent.after_context(to_device(batch | replay.read_latents(place), agent.device))
-    seen, cuda = args.batch_length // 2, agent.device.type == "cuda"
-    with torch.random.fork_rng([agent.device] if cuda else []):  # the run goes on undisturbed
-        pairs, feat = open_loop(agent.model, steps, seen)
-    metrics = critic_calibration(agent.model, feat, steps, args)
-    pairs = {name: [x.float().cpu().numpy() for x in pair] for name, pair in pairs.items()}
+    trainer.finish_update()
+    agent, seen = trainer.agent, trainer.args.batch_length // 2
+    steps = agent.after_context(trainer.batch)
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+        recon = open_loop(agent.model, steps, seen)  # the run goes on undisturbed
+    losses = agent.model.decoder.losses(recon, steps)
+    same_episode = steps["is_first"][:, seen:].cumsum(1) == 0  # nobody can predict the next one
+    metrics = {f"dreams/{k}": loss[:, seen:][same_episode].mean() for k, loss in losses.items()}
+    if not agent.spaces.images:
+        return metrics, None
+    name, _ = agent.spaces.images[0]
+    picture = film_strip(steps[name].cpu().numpy() / 255, recon[name].cpu().numpy(), seen)
     path.parent.mkdir(exist_ok=True)
-
-    # Nobody can foresee the next episode: what comes after its beginning does not count.
-    unforeseeable = batch["is_first"][:, 1 + seen :].cumsum(1) > 0  # (B, T - seen)
-    ahead = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= args.batch_length - seen]
-    table = [["key", "constant", *map(str, ahead)]]
-    for name, (truth, prediction) in pairs.items() if not unforeseeable.all() else ():
-        counts = truth[:, seen:][~unforeseeable]
-        constant = np.abs(counts - np.median(counts, 0)).mean()
-        error = np.abs(prediction - truth)[:, seen:].reshape(*unforeseeable.shape, -1).mean(-1)
-        error = np.ma.masked_array(error, unforeseeable)
-        by_step = error.mean(0).filled(np.nan)[np.subtract(ahead, 1)]
-        table.append([name, *(f"{x:.4g}" for x in (constant, *by_step))])
-        metrics |= {f"report/error_{name}": error.mean(), f"report/constant_{name}": constant}
-    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
-    lines = ["".join(map(str.ljust, row, widths)).rstrip() for row in table]
-    sequences = f"{args.batch_size} sequences at step {trainer.step:,}"
-    lines += ["", f"Mean absolute error, 1, 2, 4 ... steps after the last of {seen} seen ones, of"]
-    lines += [f"{sequences}; constant: that of the median."]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    arrays = {
-        f"{name}/{kind}": x
-        for name, pair in pairs.items()
-        for kind, x in zip(("truth", "prediction"), pair, strict=True)
-        if name != "image"
-    }
-    np.savez(path.with_suffix(".npz"), seen=seen, unforeseeable=unforeseeable, **arrays)
-    files = film(*pairs["image"], seen, path) if "image" in pairs else []
-    return metrics, [path, *files]
+    path.write_bytes(png(picture))
+    return metrics, picture
 
 
-def film(truth, prediction, seen, path, count=4, columns=16):
-    """Write images (B, T, h, w, C) in [0, 1] as a strip of some steps and a film of all.
+def film_strip(truth, prediction, seen, count=4, columns=16):
+    """Images (B, T, h, w, C) in [0, 1] of some steps as one picture (h, w, 3) uint8.
 
-    Truth, prediction and error stand below each other, framed green while the model sees and red
-    when it dreams. The last three channels are taken for colours if their number is divisible by
-    three, otherwise the last one for grey. Returns the paths.
+    Truth, prediction and error stand below each other. A white line divides what the model sees
+    from what it dreams. The last three channels are taken for colours if their number is divisible
+    by three, otherwise the last one for grey.
     """
     channels = 1 if truth.shape[-1] % 3 else 3
-    truth, prediction = truth[:count, ..., -channels:], prediction[:count, ..., -channels:]
-    video = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)
-    video = np.rint(255 * video)  # (count, 3, T, h, w, channels)
-    frames = np.empty((*video.shape[:3], IMAGE_SIZE + 4, IMAGE_SIZE + 4, 3), np.uint8)
-    frames[:, :, :seen], frames[:, :, seen:] = (0, 160, 0), (220, 40, 0)
-    frames[..., 2:-2, 2:-2, :] = video
-    chosen = np.linspace(0, frames.shape[2] - 1, min(columns, frames.shape[2])).round().astype(int)
-    strip = frames[:, :, chosen].transpose(0, 1, 3, 2, 4, 5)  # (count, 3, h, columns, w, 3)
-    strip = strip.reshape(strip.shape[0] * 3 * strip.shape[2], -1, 3)
-    path.with_suffix(".png").write_bytes(png(strip))
-    written = [path.with_suffix(".png")]
-    with contextlib.suppress(ImportError):
-        image = importlib.import_module("PIL.Image")
-        stills = frames.transpose(2, 1, 3, 0, 4, 5)  # (T, 3, h, count, w, 3)
-        stills = stills.reshape(len(stills), 3 * stills.shape[2], -1, 3)
-        first, *rest = map(image.fromarray, stills)
-        first.save(path.with_suffix(".gif"), append_images=rest, save_all=True, loop=0)
-        written.append(path.with_suffix(".gif"))
-    return written
+    times = np.linspace(0, truth.shape[1] - 1, columns).round().astype(int)
+    truth, prediction = (x[:count, times, ..., -channels:] for x in (truth, prediction))
+    rows = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)
+    rows = np.repeat(rows, 3 // channels, -1)  # (count, 3, columns, h, w, 3)
+    rows[:, :, (times >= seen).argmax(), :, :2] = 1
+    rows = rows.transpose(0, 1, 3, 2, 4, 5)  # (count, 3, h, columns, w, 3)
+    return np.rint(255 * rows).astype(np.uint8).reshape(-1, columns * IMAGE_SIZE, 3)
 
 
 def png(image):
     """The bytes of a PNG file of an image (h, w, 3) uint8."""
     h, w, _ = image.shape
     rows = np.concatenate([np.zeros((h, 1), np.uint8), image.reshape(h, -1)], 1)  # 0: no filter
-
-    def chunk(kind, data):
-        """Length, kind, data, check sum."""
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     header = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)  # 8 bits each of red, green and blue
+    data = b"\x89PNG\r\n\x1a\n"
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*x) for x in chunks)
+    for kind, content in chunks:
+        check_sum = struct.pack(">I", zlib.crc32(kind + content))
+        data += struct.pack(">I", len(content)) + kind + content + check_sum
+    return data
 
 
-def save_checkpoint(path, trainer):
+def save_checkpoint(path, trainer, logger):
     """Write what `load_checkpoint` needs. Raises UserError, and leaves what was there.
 
     First to a temporary file, then in place in one step: a run that is killed leaves the old
     checkpoint or the new one, never half of one. What a broken update left is not saved.
     """
-    state = {"args": asdict(trainer.args)} | trainer.state_dict()
+    state = trainer.state_dict() | {"logger": logger.state_dict(trainer.step)}
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            torch.save({"args": asdict(trainer.args)} | state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot save {path}: {first_line(error)}") from error
 
 
 def load_checkpoint(path):
     """The dict of `save_checkpoint`, on the CPU. Executes no code from it. Raises UserError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of a foreign pickle
+        with warnings.catch_warnings(action="ignore"):  # torch warns of foreign pickles
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        parts = {"args", "agent", "replay", "random", "spaces", *COUNTERS}
-        if missing := sorted(parts - checkpoint.keys()):
-            raise UserError(f"{path} is of another version: it lacks {', '.join(missing)}")
+        if missing := {"agent", "replay", "random", "logger", *Trainer.counters} - {*checkpoint}:
+            raise KeyError(missing)
         return checkpoint | {"args": Args(**checkpoint["args"])}
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"{path} is damaged or not a checkpoint of dreamer_v3.py") from error
-
-
-def first_line(error):
-    """What an exception says, without the advice below it."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-def evaluate_checkpoint(args, device, dtype):
-    """--evaluate: play with the networks, in the environment, of a checkpoint. Returns returns."""
-    checkpoint = load_checkpoint(args.evaluate)
-    kept = "evaluate eval_episodes eval_sample capture_video seed cuda dtype".split()
-    args = replace(checkpoint["args"], compile=False, **{k: getattr(args, k) for k in kept})
-    envs = Environments(args, 1, args.seed)
-    envs.close()
-    agent = Agent(args, envs.spaces, device, dtype)
-    agent.load_state_dict(checkpoint["agent"])
-    returns = evaluate(agent, args, args.eval_episodes)
-    if args.capture_video:
-        evaluate(agent, args, 1, Path(args.evaluate).parent / f"videos/step_{checkpoint['step']}")
-    print(f"{args.env_id} after {checkpoint['step']:,} steps: {summary(returns)}")
-    return returns
+        text = f"{path} is damaged, of another version, or not a checkpoint of dreamer_v3.py"
+        raise UserError(text) from error
 
 
 # ---- 14. Main ------------------------------------------------------------------------------------
@@ -2204,55 +1810,44 @@ def evaluate_checkpoint(args, device, dtype):
 
 def check_args(args):
     """Raise UserError for numbers that cannot work, alone or together."""
-    huge = 2**62  # not infinity, which is no number to compute with
-    at_least_1 = (
-        "action_repeat total_timesteps num_envs batch_size log_every save_every stoch blocks"
-    )
-    at_least_0 = """
-        eval_every eval_episodes report_every train_ratio free_nats beta_pred beta_dyn beta_rep
-        ent_coef beta_val beta_repval slow_reg learning_rate warmup_updates agc_clip
-    """
-    shares = "gamma return_lambda unimix actor_unimix tau return_rate"
-    limits = dict.fromkeys(at_least_1.split(), (1, huge))
-    limits |= dict.fromkeys(at_least_0.split(), (0, huge)) | dict.fromkeys(shares.split(), (0, 1))
+    huge = 2**62  # not infinity, which would overflow later
     one_batch = (args.batch_size + args.num_envs) * args.batch_length
-    limits |= {"batch_length": (2, huge), "buffer_size": (one_batch, huge), "seed": (0, 2**31)}
-    limits |= dict.fromkeys(("beta1", "beta2"), (0, 0.9999))
-    limits |= {"imag_horizon": (1, 10_000), "laprop_eps": (1e-30, 1)}
-    for name, (least, most) in limits.items():
-        if not least <= getattr(args, name) <= most:  # nor may it be nan
-            text = f"a number of at least {least}" if most == huge else f"in [{least}, {most}]"
-            flag, value = name.replace("_", "-"), getattr(args, name)
-            raise UserError(f"--{flag} must be {text}, not {value}")
+    limits = {
+        (1, huge): """action_repeat total_timesteps num_envs batch_size log_every save_every
+            stoch blocks deter hidden depth units imag_horizon""",
+        (0, huge): """eval_every eval_episodes report_every train_ratio free_nats beta_pred
+            beta_dyn beta_rep ent_coef beta_val beta_repval slow_reg learning_rate warmup_updates
+            agc_clip""",
+        (0, 1): "gamma return_lambda unimix actor_unimix tau return_rate",
+        (0, 0.9999): "beta1 beta2",
+        (1e-30, 1): "laprop_eps",
+        (2, 256): "classes",
+        (2, huge): "batch_length",
+        (one_batch, huge): "buffer_size",
+        (0, 2**31): "seed",
+    }
+    values = asdict(args) | args.network()
+    for (least, most), names in limits.items():
+        for name in names.split():
+            if not least <= values[name] <= most:  # nor may it be nan
+                text = f"at least {least}" if most == huge else f"in [{least}, {most}]"
+                raise UserError(f"--{name} must be {text}, not {values[name]}".replace("_", "-"))
+    deter = values["deter"]
+    if deter % args.blocks or deter % 8:
+        raise UserError(f"--deter {deter} must be divisible by 8 and --blocks {args.blocks}")
     if args.action_repeat > 1 and args.env_id.split(":")[-1].startswith("ALE/"):
-        raise UserError(
-            "--action-repeat: Atari has frames of its own, --env-kwargs '{\"frameskip\": 4}'"
-        )
-    net = args.network()
-    if min(net.values()) < 1:
-        name = min(net, key=net.get)
-        raise UserError(f"--{name} must be at least 1, not {net[name]}")
-    if net["deter"] % args.blocks or net["deter"] % 8:
-        raise UserError(f"--deter {net['deter']} must be divisible by 8 and --blocks {args.blocks}")
-    if not 2 <= net["classes"] <= 256:
-        raise UserError(f"--classes must be in [2, 256], not {net['classes']}")
-    if "" in (args.evaluate, args.resume):
-        raise UserError("--evaluate and --resume need a path")
-    modes = [name for name in ("evaluate", "resume", "benchmark") if getattr(args, name)]
-    if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} cannot go together")
+        raise UserError("--action-repeat: Atari has its own, --env-kwargs '{\"frameskip\": 4}'")
+    if "" in (args.evaluate, args.resume) or (args.evaluate and args.resume):
+        raise UserError("--evaluate and --resume need a path, and cannot go together")
     if args.evaluate and not args.eval_episodes:
         raise UserError("--evaluate needs --eval-episodes of at least 1")
-    if args.benchmark and not args.train_ratio:
-        raise UserError("--benchmark needs a --train-ratio above 0")
-    if args.track:
-        import_optional("wandb", "wandb")
-    if args.capture_video:
-        import_optional("moviepy", "moviepy")
+    packages = ["wandb", "tensorboard"] * args.track + ["moviepy"] * args.capture_video
+    for package in packages:
+        import_optional(package, package)
 
 
 def choose_device(args):
-    """The device, and the type of its matrix products."""
+    """The device, and the type of matrix products in an update."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -2263,116 +1858,59 @@ def choose_device(args):
     return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
 
-def describe(trainer, folder, dtype):
-    """Print what was decided."""
-    args, agent, replay = trainer.args, trainer.agent, trainer.replay
-    count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)
-    parts = [(name, count(module)) for name, module in agent.model.named_children()]
-    parts = ", ".join(f"{name} {number:,}" for name, number in parts if number)
-    spaces, ratio = agent.spaces, trainer.updates_per_step
-    sees = [f"image 64x64x{spaces.channels}"] if spaces.channels else []
-    sees += [f"{name} ({width})" for name, width, _ in spaces.vectors]
-    kind = "discrete" if spaces.action_classes else "continuous"
-    acts = f"{kind} {spaces.action_classes or spaces.action_width}"
-    cpu = agent.device.type == "cpu"
-    device = "CPU" if cpu else torch.cuda.get_device_name(agent.device)
-    print(f"environment  {args.env_id} x {args.num_envs}: {', '.join(sees)}; actions {acts}")
-    print(f"parameters   {count(agent.model):,}: {parts}")
-    steps = min(replay.length, -(-args.total_timesteps // args.num_envs))
-    where = replay.path or "memory"
-    size = f"{args.num_envs} x {steps:,} steps, {steps * replay.entry.itemsize / 1e9:.2f} GB"
-    print(f"replay       {size} at the end, in {where}")
-    print(f"device       {device}, {str(dtype).removeprefix('torch.')}")
-    print(f"schedule     {ratio:.3g} updates a step, {args.total_timesteps * ratio:,.0f} in all")
-    if cpu:
-        print("             slow on a CPU: the status line shows the time left once updates begin")
-    if args.compile and ratio:
-        print("             the first update compiles, for a minute or two")
-    after = f", resumed after step {trainer.step:,}" if trainer.step else ""
-    print(f"run          {folder}{after}", flush=True)
-
-
-BENCHMARK_SECONDS = 60  # for the updates; the other measurements take less
-
-
-def benchmark(args, device, dtype):
-    """--benchmark: measure this machine with real steps of the environment. Returns a dict."""
-    cuda = device.type == "cuda"
-
-    def measure(function, least, seconds, most=1000):
-        """Milliseconds of each call: at least `least` calls, and more for some seconds."""
-        times, begin = [], time.perf_counter()
-        while len(times) < least or len(times) < most and time.perf_counter() - begin < seconds:
-            start = time.perf_counter()
-            function()
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-        return np.array(times)
-
-    least = (args.batch_length + 3 * args.batch_size) * args.num_envs
-    args = replace(args, total_timesteps=max(args.total_timesteps, least))
-    trainer = Trainer(args, device, dtype)
-    agent, replay, trainer.starts_needed = trainer.agent, trainer.replay, math.inf
-    print("collecting steps, then compiling (a minute or two) ...", flush=True)
-    while len(replay) < 2 * args.batch_size:
-        trainer.collect_and_train()
-    warmup = measure(trainer.train, 5, 0).sum() / 1e3
-    print("measuring updates, actions, then both ...", flush=True)
-    update = measure(trainer.train, 5, BENCHMARK_SECONDS, 50)
-    one, carry = trainer.obs | {"is_first": trainer.is_first}, agent.initial(1)
-    one = to_device({key: x[:1] for key, x in one.items()}, device)
-    act = measure(lambda: agent.act(one, carry)[-1].cpu(), 100, 0)[10:]
-    # Whole cycles of the schedule: the steps from one update to the next.
-    trainer.starts_needed, trainer.credit = 1, 1.0
-    cycle = math.ceil(1 / (args.num_envs * trainer.updates_per_step))
-    steps = measure(
-        lambda: [trainer.collect_and_train() for _ in range(cycle)], 2, BENCHMARK_SECONDS / 3
-    )
-    memory = peak_memory(device) * 1e3
-    matrix = torch.randn(8192 if cuda else 2048, 8192 if cuda else 2048, device=device).to(dtype)
-    peak = 2 * len(matrix) ** 3 / measure(lambda: matrix @ matrix, 20, 0).min()  # FLOP a ms
-    batch, place = replay.sample()
-    batch = to_device(batch | replay.read_latents(place), device)
-    with FlopCounterMode(display=False) as flops, torch.compiler.set_stance("force_eager"):
-        Agent.train_step(agent, batch)
-    trainer.envs.close()
-    result = {
-        "update_ms": np.median(update),
-        "update_ms_min": update.min(),
-        "update_ms_max": update.max(),
-        "act_ms": np.median(act),
-        "env_steps_per_s": 1e3 * cycle * args.num_envs / np.median(steps),
-        "params": sum(p.numel() for p in agent.exact.parameters() if p.requires_grad),
-        "flops_per_update": flops.get_total_flops(),
-        "peak_share": flops.get_total_flops() / np.median(update) / peak,
-        "peak_memory_mb": memory,
-        "warmup_s": warmup,
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
-        "size": args.size,
-    }
-    result = {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in result.items()}
-    print(json.dumps(result), flush=True)
-    return result
-
-
-# What --resume takes from the command line; everything else stays as the run had it.
+# Flags that --resume may change. Another value of any other flag is an error.
 FREE_TO_CHANGE = """
     resume total_timesteps eval_every eval_episodes eval_sample log_every save_every report_every
-    capture_video track wandb_project_name wandb_entity cuda dtype compile torch_deterministic
-    async_envs run_dir
+    capture_video track wandb_project_name wandb_entity cuda dtype compile cudagraphs
+    torch_deterministic async_envs run_dir
 """.split()
 
 
-def evaluation_due(args, step, evaluated):
-    """Whether a run at `step`, last evaluated at step `evaluated`, is to be evaluated now."""
-    passed = args.eval_every and step // args.eval_every > evaluated // args.eval_every
-    return args.eval_episodes and evaluated < step and (passed or step >= args.total_timesteps)
+def open_run(args, device, dtype):
+    """The folder, Trainer and Logger of a new run, or of the one to --resume. Raises UserError."""
+    checkpoint, seed = None, args.seed
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.resume or Path(args.run_dir) / re.sub(r"[^\w.-]+", "-", name))
+    if args.resume:
+        checkpoint = load_checkpoint(folder / "checkpoint.pt")
+        for name, old in asdict(checkpoint["args"]).items():
+            if name not in FREE_TO_CHANGE and getattr(args, name) != old:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {old} in this run, and must not become another")
+        seed += 100_000 + checkpoint["step"]  # new episodes: not those of the start
+    envs = Environments(args, args.num_envs, seed)
+    try:
+        agent = Agent(args, envs.spaces, device, dtype)
+    except RuntimeError as error:
+        raise UserError(f"cannot make networks of this size: {first_line(error)}") from error
+    if not checkpoint:
+        folder.mkdir(parents=True)
+    try:
+        logger = Logger(args, folder, checkpoint and checkpoint["logger"])
+        trainer = Trainer(args, envs, agent, folder, checkpoint)
+        if not checkpoint:  # from here on, the run can be resumed
+            save_checkpoint(folder / "checkpoint.pt", trainer, logger)
+    except BaseException:
+        if not checkpoint:
+            shutil.rmtree(folder)
+        raise
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"environment  {args.env_id} x {args.num_envs}: {envs.spaces}")
+    print(f"networks     {sum(p.numel() for p in agent.params):,} parameters on {gpu}, {dtype}")
+    print(f"replay       {trainer.replay.data.nbytes / 1e9:.2f} GB in {trainer.replay.path}")
+    print(f"schedule     {trainer.updates_per_step:.3g} updates per agent step")
+    after = f", resumed after step {trainer.step:,}" if trainer.step else ""
+    print(f"run          {folder}{after}", flush=True)
+    return folder, trainer, logger
+
+
+def passed(every, before, now):
+    """Whether a multiple of `every` agent steps lies in (before, now]; never if `every` is 0."""
+    return every and now // every > before // every
 
 
 def main(args, stop=()):
-    """Train as `args` say, evaluate or measure. Returns the returns of the last evaluation.
+    """Train as `args` say, or evaluate. Returns the returns of the last evaluation.
 
     Ends after the step it is in, with a checkpoint, when something is put into the list `stop`.
     """
@@ -2381,83 +1919,46 @@ def main(args, stop=()):
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
-        return evaluate_checkpoint(args, device, dtype)
-    if args.benchmark:
-        return benchmark(args, device, dtype)
-    if args.capture_video:  # fail now rather than at the first evaluation
-        with tempfile.TemporaryDirectory() as folder:
-            Environments(args, 1, args.seed, video=folder).close()
-
-    checkpoint = None
-    if args.resume:
-        folder = Path(args.resume)
-        checkpoint = load_checkpoint(folder / "checkpoint.pt")
-        for name, old in asdict(checkpoint["args"]).items():
-            if name not in FREE_TO_CHANGE and getattr(args, name) != old:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {old} in this run, and must not become anything else")
-        step, evaluated = checkpoint["step"], checkpoint["evaluated"]
-        if step >= args.total_timesteps and not evaluation_due(args, step, evaluated):
-            done = f"{step:,} steps of {args.total_timesteps:,}"
-            raise UserError(f"the run is complete: {done}; more with a larger --total-timesteps")
-    else:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{stamp}"
-        folder = Path(args.run_dir) / re.sub(r"[^\w.-]+", "-", name)
-    trainer = Trainer(
-        args, device, dtype, folder / "replay.bin" if args.save_replay else None, checkpoint
-    )
-    if not args.resume:  # a run appears with a checkpoint inside: whatever is there can be resumed
-        new = folder.with_name(f"{folder.name}.new")
-        new.mkdir(parents=True)
-        try:
-            (new / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-            save_checkpoint(new / "checkpoint.pt", trainer)
-            new.rename(folder)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-    del checkpoint
-    logger = Logger(args, folder, trainer.step, trainer.updates)
-    describe(trainer, folder, dtype)
-
-    agent, returns = trainer.agent, None
-    due = lambda every: every and step // every > max(0, step - args.num_envs) // every
+        return evaluate_checkpoint(args, device)
+    folder, trainer, logger = open_run(args, device, dtype)
+    agent, step, returns = trainer.agent, trainer.step, None
+    before = step
     try:
         while not stop:
-            step, updates = trainer.step, trainer.updates
-            if evaluation_due(args, step, trainer.evaluated):
+            finished = step >= args.total_timesteps
+            due = finished or passed(args.eval_every, trainer.evaluated, step)
+            if args.eval_episodes and due and step > trainer.evaluated:
                 returns = evaluate(agent, args, args.eval_episodes, stop=stop)
                 if stop:
                     break  # a resumed run makes up for it
                 trainer.evaluated = step
-                names = ("eval/episodic_return", "eval/episodic_return_std")
-                logger.write(step, dict(zip(names, (returns.mean(), returns.std()), strict=True)))
+                spread = {"eval/episodic_return_std": returns.std()}
+                logger.write(step, {"eval/episodic_return": returns.mean()} | spread)
                 logger.show(f"step {step:,}  evaluation: {summary(returns)}")
                 if args.capture_video:
                     evaluate(agent, args, 1, folder / f"videos/step_{step}", stop)
-            if due(args.save_every):  # last: what is logged up to a checkpoint stays
-                save_checkpoint(folder / "checkpoint.pt", trainer)
-            if step >= args.total_timesteps:
+            if passed(args.save_every, before, step):  # last, to keep the lines logged above
+                save_checkpoint(folder / "checkpoint.pt", trainer, logger)
+            if finished:
                 break
 
-            episodes = trainer.collect_and_train()
-            step, updates = trainer.step, trainer.updates
-            for episode_return, length in episodes:
-                logger.episode(step, episode_return, length)
-            for env in np.flatnonzero(trainer.episode_length == LONGEST_EPISODE):
-                logger.show(f"environment {env}: no end of an episode in {LONGEST_EPISODE:,} steps")
-            logger.status(step, updates)
-            if updates and due(args.log_every):
+            before, episodes = step, trainer.collect_and_train()
+            step = trainer.step
+            for _, episode_return, length in episodes:
+                logger.returns.append(episode_return)
+                metrics = {"charts/episodic_return": episode_return}
+                logger.write(step, metrics | {"charts/episodic_length": length})
+            logger.status(step, trainer.updates)
+            if trainer.updates and passed(args.log_every, before, step):
                 speed = {"charts/SPS": logger.rates[0], "charts/UPS": logger.rates[1]}
-                logger.write(step, trainer.metrics | trainer.usage() | speed)
+                logger.write(step, trainer.metrics | speed | {"charts/updates": trainer.updates})
             final = args.report_every and step >= args.total_timesteps
-            if updates and len(trainer.replay) and (final or due(args.report_every)):
-                metrics, files = report(trainer, folder / f"dreams/step_{step}.txt")
-                logger.report(step, metrics, files)
+            if trainer.batch and (final or passed(args.report_every, before, step)):
+                metrics, picture = report(trainer, folder / f"dreams/step_{step}.png")
+                logger.write(step, metrics, picture)
     finally:
         try:
-            save_checkpoint(folder / "checkpoint.pt", trainer)
+            save_checkpoint(folder / "checkpoint.pt", trainer, logger)
             logger.show(f"saved {folder / 'checkpoint.pt'} at step {trainer.step:,}")
         finally:
             trainer.envs.close()
@@ -2466,7 +1967,7 @@ def main(args, stop=()):
 
 
 def parse(default=None):
-    """The command line as Args, with one line and exit status 2 for what is wrong with it."""
+    """The command line as Args. An error prints one line and exits with status 2."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -2490,24 +1991,26 @@ def cli():
 
     def on_signal(number, frame):
         """Ask the loop to end; the second time, end the process."""
+        if multiprocessing.parent_process():  # of --async-envs: the main process answers Ctrl-C
+            if number == signal.SIGTERM:
+                os._exit(0)
+            return
         if stop:
             os._exit(128 + number)
         stop.append(number)
         os.write(2, b"\nstopping after this step; once more, and it stops at once\n")
 
-    if not (args.evaluate or args.benchmark):
+    if not args.evaluate:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
     try:
-        if args.resume and not (args.evaluate or args.benchmark):  # other flags are the run's
+        if args.resume and not args.evaluate:  # other flags are the run's
             args = parse(load_checkpoint(Path(args.resume) / "checkpoint.pt")["args"])
         main(args, stop)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         if not stop:
             fail(error)
         print("dreamer_v3.py:", *str(error).split(), file=sys.stderr)
-    except MemoryError as error:
-        fail(f"not enough memory: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     if stop:

@@ -203,7 +203,7 @@ def table_authors():
 
 def table_classic():
     """Greedy evaluations of tasks that the authors have not published."""
-    rows = ["| task | seed | environment steps: return | last, +- standard error | best |"]
+    rows = ["| task | seed | environment frames: return | last, +- standard error | best |"]
     rows[0] += " updates | minutes | commit | command |"
     rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     tasks, published = load()
@@ -233,7 +233,7 @@ def table_commands():
 
 def table_speed():
     """Speed by size and kind of observation."""
-    rows = ["| `--benchmark` with | parameters | TFLOP an update | update, s | matrix rate |"]
+    rows = ["| with | parameters | TFLOP an update | update, s | matrix rate |"]
     rows[0] += " action, ms | steps/s | memory, GB |"
     rows += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for x in json.loads((HERE / "speed.json").read_text())["runs"]:
@@ -262,7 +262,7 @@ def table_growth():
 
 def table_quick():
     """Minutes and returns of the commands of the section on use."""
-    rows = ["| task | steps | minutes | return, each seed (greedy, 20 episodes) | command |"]
+    rows = ["| task | agent steps | minutes | return, each seed (greedy, 20 episodes) | command |"]
     rows += ["| --- | --- | --- | --- | --- |"]
     tasks, published = load()
     for task, runs in tasks.items():
@@ -315,7 +315,7 @@ def figures():
                 label = f"command {numbers(tasks)[command]}{'' if curve else ', greedy'}"
                 style = dict(color=f"C{(3 + color) % 10}", ms=3, alpha=0.8, label=label)
                 axis.plot(*zip(*points, strict=True), "o-", **style)
-        axis.set_xlabel("frames" if curve else "environment steps", fontsize=8)
+        axis.set_xlabel("environment frames", fontsize=8)
         seeds = len({run["seed"] for run in runs})
         axis.set_title(f"{task} ({seeds} seed{'s' * (seeds > 1)})", fontsize=9)
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))

@@ -1,0 +1,90 @@
+"""Tests of the scripts in results/; part of `python -m pytest -q` in the project's root."""
+
+import importlib.util
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import tyro
+from test_dreamer_v3 import (
+    HERE, README, Args, Spaces, close, dreamer_v3, load_module, make_agent, read_metrics, short_run,
+    tiny,
+)  # fmt: skip
+
+
+def test_results_script(tmp_path):
+    """A run becomes a curve, and a command that is the same run; tables and figure are made."""
+    for name in ("README.md", "dreamer_v3.py"):
+        shutil.copy(HERE / name, tmp_path / name)
+    shutil.copytree(HERE / "results", tmp_path / "results")
+
+    def make(*words):
+        """Run the script."""
+        command = [sys.executable, "results/make.py", *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    make("tables")
+    assert (tmp_path / "README.md").read_text() == README
+    changes = dict(num_envs=2, seed=7, action_repeat=2, async_envs=True, cudagraphs=False)
+    changes |= dict(eval_episodes=2, gamma=0.9, env_id="CartPole-v1", total_timesteps=60)
+    run = short_run(dreamer_v3, tmp_path / "runs", **changes)
+    for _ in range(2):  # it is added once, not twice
+        make("add", run, "--commit", "abc", "--hardware", "a machine")
+    entries = json.loads((tmp_path / "results/cartpole.json").read_text())
+    (entry,) = (entry for entry in entries if entry["commit"] == "abc")
+    lines = [line for line in read_metrics(run) if "charts/episodic_return" in line]
+    assert entry["xs"] == [2 * line["step"] for line in lines] and len(lines) > 1
+    close(entry["ys"], [line["charts/episodic_return"] for line in lines], atol=1e-4)
+    expected = dict(task="cartpole", seed=7, steps=60, frames=120, asked=60, hardware="a machine")
+    assert expected.items() <= entry.items()
+    ((frame, mean, _, episodes),) = entry["evaluations"]
+    assert (frame, episodes) == (120, 2) and mean > 0 and entry["updates"] > 0
+    words = shlex.split(entry["command"])
+    assert words[:2] == ["python", "dreamer_v3.py"]
+    args = dreamer_v3.load_checkpoint(run / "checkpoint.pt")["args"]
+    assert tyro.cli(Args, args=words[2:]) == replace(args, run_dir="runs")
+    make("tables")
+    assert entry["command"].replace(" --seed 7", "") in (tmp_path / "README.md").read_text()
+    if importlib.util.find_spec("matplotlib"):  # pip install matplotlib
+        (tmp_path / "results/curves.png").unlink()
+        make("figures")
+        assert (tmp_path / "results/curves.png").stat().st_size > 10_000
+
+
+def test_results_against_the_authors(monkeypatch):
+    """Frames are put into the authors' bins, tasks get the authors' names."""
+    make = load_module(HERE / "results/make.py", monkeypatch)
+    names = {
+        "ALE/MsPacman-v5": "atari_ms_pacman",
+        "ALE/UpNDown-v5": "atari_up_n_down",
+        "ALE/KungFuMaster-v5": "atari_kung_fu_master",
+        "shimmy:dm_control/ball_in_cup-catch-v0": "dmc_ball_in_cup_catch",
+        "my-vehicle-v3": "my_vehicle",
+    }
+    assert {name: make.task_name(name) for name in names} == names
+    xs, ys = [1, 10_000, 10_001, 25_000, 40_000, 999_999], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]
+    assert make.binned(xs, ys, 50_000) == [2.0, 5.0, 7.0, 9.0, None]
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    """The last line is the JSON object; the arithmetic grows with the batch."""
+    monkeypatch.chdir(tmp_path)
+    benchmark = load_module(HERE / "results/benchmark.py", monkeypatch).benchmark
+    results = {}
+    for size in (2, 4):
+        args = tiny(env_id="CartPole-v1", batch_size=size, dtype="float32")
+        results[size] = benchmark(args, seconds=0.1)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results[size]
+    result = results[2]
+    assert result["update_ms_min"] <= result["update_ms"] <= result["update_ms_max"]
+    agent = make_agent(Spaces((), (("obs", 4, ()),), (2,), 2))
+    assert result["params"] == sum(p.numel() for p in agent.params)
+    assert results[4]["flops_per_update"] == 2 * result["flops_per_update"] > 1e6
+    names = "updates_per_s act_ms env_steps_per_s peak_share peak_memory_mb warmup_s".split()
+    assert all(result[name] > 0 for name in names)
+    assert (result["device"], result["dtype"], result["size"]) == ("cpu", "float32", "1m")
+    assert not list(tmp_path.iterdir())
