@@ -49,6 +49,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -1309,8 +1310,6 @@ def make_envs(args, num_envs, video=None):
     if atari:
         import_optional("ale_py", "gymnasium[atari]")  # registers its environments
     wrappers = []
-    if args.action_repeat > 1:
-        wrappers.append(lambda env: gym.wrappers.RepeatAction(env, args.action_repeat))
     if video:
         kwargs["render_mode"] = "rgb_array"
         record = dict(video_folder=str(video), episode_trigger=lambda episode: True)
@@ -1321,11 +1320,13 @@ def make_envs(args, num_envs, video=None):
         defaults = dict(img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1)
         defaults |= dict(use_fire_reset=False, reward_clipping=False, episodic_life=False)
         kwargs = defaults | kwargs
-    try:
-        mode = "async" if args.async_envs else "sync"
-        if atari and not video or mode == "sync" and not wrappers:
-            mode = None  # the environment's own vector version, if it has one
-        envs = gym.make_vec(args.env_id, num_envs, mode, wrappers=wrappers, **kwargs)
+    if args.action_repeat > 1:
+        wrappers.append(lambda env: gym.wrappers.RepeatAction(env, args.action_repeat))
+    mode, options = ("async", {"shared_memory": False}) if args.async_envs else ("sync", {})
+    if atari and not video or mode == "sync" and not wrappers:
+        mode, options = None, {}  # the environment's own vector version, if it has one
+    try:  # (shared memory would cast values of a wrong type or shape without a word)
+        envs = gym.make_vec(args.env_id, num_envs, mode, options, wrappers, **kwargs)
     except Exception as error:
         raise UserError(f"cannot make --env-id {args.env_id}: {error}") from error
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
@@ -1420,9 +1421,9 @@ class Environments:
         """Begin an episode in every environment."""
         n, zeros = self.num_envs, np.zeros(self.num_envs, bool)
         self.returns, self.lengths = np.zeros(n), np.zeros(n, int)
+        flags = dict(is_first=~zeros, is_last=zeros, is_terminal=zeros)
         with self.faults():
-            self.entry = self.encode_obs(self.envs.reset(seed=self.seed)[0])
-        self.entry |= dict(is_first=~zeros, is_last=zeros, is_terminal=zeros)
+            self.entry = self.encode_obs(self.envs.reset(seed=self.seed)[0]) | flags
         self.entry["reward"] = zeros.astype(np.float32)
 
     def step(self, action):
@@ -1433,20 +1434,24 @@ class Environments:
         self.steps += 1
         with self.faults():
             obs, *results, _ = self.envs.step(self.decode_action(action))
-            reward, terminal, truncated = map(np.asarray, results)
+            results = [np.asarray(x).reshape(self.num_envs) for x in results]
+            reward, terminal, truncated = map(np.ndarray.astype, results, (np.float32, bool, bool))
             is_first, is_last = self.entry["is_last"], terminal | truncated
             self.entry = self.encode_obs(obs) | dict(is_first=is_first, is_last=is_last)
-            self.entry |= dict(is_terminal=terminal, reward=reward.astype(np.float32))
-            for name, x in self.entry.items():
-                finite = np.isfinite(x).reshape(self.num_envs, -1).all(1)
-                if not finite.all():
-                    raise ValueError(f"{name} of environment {finite.argmin()} is not finite")
-            self.returns += reward
-            self.lengths += ~is_first
+            self.entry |= dict(is_terminal=terminal, reward=reward)
+            self.check_finite("reward", reward)
+        self.returns += reward
+        self.lengths += ~is_first
         ended = is_last | (self.lengths >= LONGEST_EPISODE)
         episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)]
         self.returns[ended] = self.lengths[ended] = 0
         return episodes
+
+    def check_finite(self, name, values):
+        """Raise ValueError if one of the values (n, ...) is not finite."""
+        finite = np.isfinite(values).reshape(self.num_envs, -1).all(1)
+        if not finite.all():
+            raise ValueError(f"{name} of environment {finite.argmin()} is not finite")
 
     @contextlib.contextmanager
     def faults(self):
@@ -1459,7 +1464,10 @@ class Environments:
 
     def encode_obs(self, obs):
         """Batched observations -> dict of images (n, 64, 64, C) and vectors (n, width), by name."""
-        return {name: x for name, _, x in encode(self.envs.single_observation_space, obs)}
+        parts = encode(self.envs.single_observation_space, obs)
+        for name, _, x in parts:
+            self.check_finite(name, x)
+        return {name: x for name, _, x in parts}
 
     def decode_action(self, action):
         """Action vectors (n, A) -> the environment's actions.
@@ -1481,8 +1489,9 @@ class Environments:
 
     def close(self):
         """End the environments; those that have died already cannot say so."""
+        waiting = isinstance(self.envs, gym.vector.AsyncVectorEnv)  # for an answer, without end
         with contextlib.suppress(Exception):
-            self.envs.close()
+            self.envs.close(**({"timeout": 5} if waiting else {}))
         self.envs.closed = True  # or it would try again when it is deleted
 
 
@@ -1507,11 +1516,11 @@ class Logger:
             except BlockingIOError as error:
                 raise UserError(f"{folder} is in use by another process") from error
         self.file.truncate(min(state["bytes"], os.fstat(self.file.fileno()).st_size))
-        if args.track:
+        self.wandb = import_optional("wandb", "wandb") if args.track else None
+        if self.wandb:
             where = dict(project=args.wandb_project_name, entity=args.wandb_entity)
             same = dict(id=re.sub(r"\W", "-", folder.name), name=folder.name, resume="allow")
-            wandb = import_optional("wandb", "wandb")
-            wandb.init(**where, **same, config=asdict(args), sync_tensorboard=True)
+            self.wandb.init(**where, **same, config=asdict(args), sync_tensorboard=True)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -1566,6 +1575,8 @@ class Logger:
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 class Trainer:
@@ -1771,13 +1782,13 @@ def png(image):
     return data
 
 
-def save_checkpoint(path, trainer, logger):
+def save_checkpoint(path, trainer, logger=None):
     """Write what `load_checkpoint` needs. Raises UserError, and leaves what was there.
 
     First to a temporary file, then in place in one step: a run that is killed leaves the old
     checkpoint or the new one, never half of one. What a broken update left is not saved.
     """
-    state = trainer.state_dict() | {"logger": logger.state_dict(trainer.step)}
+    state = trainer.state_dict() | {"logger": logger and logger.state_dict(trainer.step)}
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1786,7 +1797,8 @@ def save_checkpoint(path, trainer, logger):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot save {path}: {first_line(error)}") from error
 
 
@@ -1883,17 +1895,20 @@ def open_run(args, device, dtype):
         agent = Agent(args, envs.spaces, device, dtype)
     except RuntimeError as error:
         raise UserError(f"cannot make networks of this size: {first_line(error)}") from error
-    if not checkpoint:
-        folder.mkdir(parents=True)
-    try:
-        logger = Logger(args, folder, checkpoint and checkpoint["logger"])
+    if checkpoint:
         trainer = Trainer(args, envs, agent, folder, checkpoint)
-        if not checkpoint:  # from here on, the run can be resumed
-            save_checkpoint(folder / "checkpoint.pt", trainer, logger)
-    except BaseException:
-        if not checkpoint:
-            shutil.rmtree(folder)
-        raise
+    else:  # a run appears with a checkpoint inside: whatever is there can be resumed
+        new = folder.with_name(f"{folder.name}.new")
+        new.mkdir(parents=True)
+        try:
+            trainer = Trainer(args, envs, agent, new)
+            save_checkpoint(new / "checkpoint.pt", trainer)
+            new.rename(folder)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        trainer.replay.path = folder / "replay.bin"
+    logger = Logger(args, folder, checkpoint and checkpoint["logger"])
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"environment  {args.env_id} x {args.num_envs}: {envs.spaces}")
     print(f"networks     {sum(p.numel() for p in agent.params):,} parameters on {gpu}, {dtype}")
@@ -1920,6 +1935,9 @@ def main(args, stop=()):
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
         return evaluate_checkpoint(args, device)
+    if args.capture_video:  # fail now rather than at the first evaluation
+        with tempfile.TemporaryDirectory() as videos:
+            Environments(args, 1, args.seed, videos).close()
     folder, trainer, logger = open_run(args, device, dtype)
     agent, step, returns = trainer.agent, trainer.step, None
     before = step

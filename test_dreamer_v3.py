@@ -2581,8 +2581,6 @@ def odd_args(tmp_path, settings=None, **kwargs):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_environment_faults(fault, async_envs, tmp_path):
     """Group J: one error says what failed and when; the run can be resumed."""
-    if (fault, async_envs) == ("dtype", True):
-        pytest.skip("numpy casts it on the way between the processes")
     settings = dict(num_envs=2, async_envs=async_envs, total_timesteps=200)
     args = odd_args(tmp_path, settings, fault=fault)
     # 20 steps of its own, and 3 that reset.
