@@ -377,7 +377,7 @@ class MaxPool(torch.autograd.Function):
 
     Equal neighbours share the gradient evenly, as in the reference: flat regions of an image tie
     everywhere. (max_pool2d gives all to one. With `amax`, which shares, an update takes 1.6 times
-    longer.)
+    as long.)
     """
 
     @staticmethod
