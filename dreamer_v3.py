@@ -1,9 +1,9 @@
 """DreamerV3 in one file: a world model learned from replay, an actor and a critic trained in it.
 
 Paper: Hafner, Pasukonis, Ba, Lillicrap, "Mastering diverse control tasks through world models"
-(Nature 2025). Equations are numbered as in arXiv:2301.04104v2. The tests compare results with those
-of the authors' JAX code, github.com/danijar/dreamerv3 at commit e3f0224 ("the reference").
-[D1] ... [D25] mark details of it that the paper does not spell out; the README explains them.
+(Nature 2025). Equations are numbered as in arXiv:2301.04104v2. Results equal those of the authors'
+code, github.com/danijar/dreamerv3 at commit e3f0224 ("the reference"). [D1] ... [D25] mark details
+of it that the paper does not spell out; the README explains them.
 
     python dreamer_v3.py --env-id ALE/MsPacman-v5
     python dreamer_v3.py --env-id CartPole-v1 --size 1m --num-envs 4 --total-timesteps 10000
@@ -28,15 +28,14 @@ The replay holds this table. One column is one agent step. A new episode begins 
     is_last      0    0    0    1  |  0      the episode ends here, whatever the cause
     is_terminal  0    0    0    1  |  0      it ends by itself; 0 if it was cut off (truncated)
 
-An agent step is one decision; the last observation of an episode counts as one, too. It may take
-several environment frames (--action-repeat, the frameskip of Atari).
+An agent step is one decision, or the last observation of an episode. It may take several
+environment frames (--action-repeat, the frameskip of Atari).
 """
 
 import contextlib
 import copy
 import ctypes
 import datetime
-import functools
 import importlib
 import io
 import json
@@ -45,7 +44,6 @@ import multiprocessing
 import operator
 import os
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -54,7 +52,7 @@ import time
 import warnings
 import zlib
 from collections import Counter, deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -92,11 +90,9 @@ class Args:
     wandb_entity: str | None = None  # Team of Weights & Biases; by default your own account.
     capture_video: bool = False  # Record an episode at every evaluation (pip install moviepy).
     evaluate: str | None = None  # Evaluate this checkpoint.pt instead of training.
-    # Go on with the run in this folder. Flags of length, logging, evaluation, device may change.
-    resume: str | None = None
+    resume: str | None = None  # Go on with the run in this folder, with its flags.
 
-    # Gymnasium id. If a module registers it, the module comes first: `module:Name-v0`.
-    env_id: str = "ALE/MsPacman-v5"
+    env_id: str = "ALE/MsPacman-v5"  # Gymnasium id; `module:Name-v0` if a module registers it.
     # Options of the environment, a JSON object: '{"repeat_action_probability": 0.0}'.
     env_kwargs: str = "{}"
     action_repeat: int = 1  # Environment frames per agent step; Atari has its own frameskip.
@@ -193,10 +189,7 @@ def symexp(x):
 
 
 def twohot_bins(count=255, limit=20.0):
-    """The values symexp(-20 ... 20) that rewards and returns are spread over (Eq. 10).
-
-    (V,) float64, ascending. One half mirrors the other: the bins are exactly antisymmetric. [D1]
-    """
+    """The values symexp(-20 ... 20) of Eq. 10: (V,) float64, exactly antisymmetric. [D1]"""
     lower = symexp(torch.linspace(-limit, 0, count // 2 + 1, dtype=torch.float64))
     return torch.cat([lower, -lower[:-1].flip(0)])
 
@@ -204,8 +197,8 @@ def twohot_bins(count=255, limit=20.0):
 def twohot_mean(logits, bins):
     """The value that logits (..., V) predict, softmax(logits) @ bins (Eq. 10): (...).
 
-    Mirrored probabilities are subtracted before the sum: equal logits predict exactly 0. In plain
-    order, the rounding of bins as large as 5e8 would be the prediction of an untrained head. [D1]
+    Mirrored probabilities are subtracted first: equal logits predict exactly 0, not the rounding
+    errors of bins as large as 5e8. [D1]
     """
     half = logits.shape[-1] // 2
     probs = f32(logits).softmax(-1)
@@ -213,10 +206,10 @@ def twohot_mean(logits, bins):
 
 
 def twohot_loss(logits, target, bins):
-    """Cross-entropy of softmax(logits) with the two-hot encoding of `target` (Eq. 11): (...).
+    """Cross-entropy of softmax(logits) (..., V) with the two-hot `target` (...) (Eq. 11): (...).
 
     The weights of the last bin <= target and the first bin above it are linear in the original
-    space; beyond the ends, all weight is on the end bin. logits (..., V), target (...) detached.
+    space; beyond the ends, all weight is on the end bin.
     """
     logits, target = f32(logits), target.detach().clamp(bins[0], bins[-1]).contiguous()
     above = torch.searchsorted(bins, target, right=True).clamp(max=len(bins) - 1)
@@ -263,7 +256,7 @@ def categorical_kl(log_p, log_q):
 class Categoricals:
     """Independent categoricals over one-hot vectors side by side: discrete actions, observations.
 
-    log_prob and entropy are in nats, sums over the variables. [D18]
+    log_prob and entropy (...) are in nats, sums over the variables. [D18]
     """
 
     def __init__(self, logits, classes, unimix):
@@ -290,8 +283,8 @@ class Categoricals:
 class BoundedNormals:
     """Policy of continuous actions: normals with mean in [-1, 1], deviation in [0.1, 1]. [D25]
 
-    Samples are not bounded: see `Environments.decode_action`. log_prob and entropy are in nats,
-    sums over the actions. [D18]
+    Samples are not bounded: see `Environments.decode_action`. log_prob and entropy (...) are in
+    nats, sums over the actions. [D18]
     """
 
     def __init__(self, raw_mean, raw_std):
@@ -317,9 +310,6 @@ class BoundedNormals:
 # Parameters are float32. In an update, torch.autocast rounds the inputs of products to bfloat16.
 # Norms and everything after the last product of a network stay float32. [D23]
 
-# Standard deviation of a normal cut off at +-2; the reference multiplies by its inverse, 1.1368.
-TRUNCATED_STD = 0.8796256610342398
-
 
 def rounded(x):
     """x in the type of products: that of torch.autocast where it is on, otherwise x's own."""
@@ -328,19 +318,18 @@ def rounded(x):
     return x.to(torch.get_autocast_dtype(device)) if on else x
 
 
-def init_(layer, fan_in, outscale=1.0):
-    """Weight: normal cut off at two deviations, variance outscale^2 / fan_in. [D3] Bias: 0."""
-    nn.init.trunc_normal_(layer.weight, std=1.0, a=-2.0, b=2.0)
-    layer.weight.data.mul_(outscale * fan_in**-0.5 / TRUNCATED_STD)
+def init_(layer, inputs, outscale=1.0):
+    """Weight: normal cut off at two deviations, variance outscale^2 / inputs. [D3] Bias: 0."""
+    std = inputs**-0.5 / 0.8796256610342398  # which is the deviation of N(0, 1) cut off at +-2
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    layer.weight.data.mul_(outscale)
     nn.init.zeros_(layer.bias)
+    return layer
 
 
-class Linear(nn.Linear):
-    """(..., in) -> (..., out)."""
-
-    def __init__(self, in_dim, out_dim, outscale=1.0):
-        super().__init__(in_dim, out_dim)
-        init_(self, in_dim, outscale)
+def linear(in_dim, out_dim, outscale=1.0):
+    """Linear layer: (..., in) -> (..., out)."""
+    return init_(nn.Linear(in_dim, out_dim), in_dim, outscale)
 
 
 class BlockLinear(nn.Module):
@@ -376,8 +365,7 @@ class MaxPool(torch.autograd.Function):
     """Maximum of 2x2 neighbours, (n, 2h, 2w, c) -> (n, h, w, c).
 
     Equal neighbours share the gradient evenly, as in the reference: flat regions of an image tie
-    everywhere. (max_pool2d gives all to one. With `amax`, which shares, an update takes 1.6 times
-    as long.)
+    everywhere. (max_pool2d gives all to one; amax, which shares, is slow when compiled.)
     """
 
     @staticmethod
@@ -396,19 +384,16 @@ class MaxPool(torch.autograd.Function):
         return torch.where(x == same(y), same(grad / ties), 0).flatten(3, 4).flatten(1, 2)
 
 
-# Upsampling by 2 repeats pixels: the 25 weights of the 5x5 convolution after it meet only 3x3
-# different ones. The outputs of each phase (even or odd row and column) have a 3x3 kernel of their
-# own. Along an axis, PHASES[p, a, k] is 1 where weight k of an output of phase p meets pixel a.
+# Upsampling by 2 repeats pixels: the 5x5 weights of the convolution after it meet only 3x3 of them.
+# The outputs of each phase (even or odd row and column) have a 3x3 kernel of their own. Along an
+# axis, PHASES[p, a, k] is 1 where weight k of an output of phase p meets pixel a.
 PHASES = torch.tensor(
     [[[float((p + k) // 2 == a) for k in range(5)] for a in range(3)] for p in range(2)]
 )
 
 
 class UpConv(Conv):
-    """Upsampling by 2 (nearest neighbour), then Conv: (n, h, w, in) -> (n, 2h, 2w, out).
-
-    Computed at the low resolution with 2.8 times fewer multiplications: see PHASES.
-    """
+    """Upsampling by 2 (nearest), then Conv, as one: (n, h, w, in) -> (n, 2h, 2w, out)."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels)
@@ -435,17 +420,15 @@ class NormSiLU(nn.Module):
         return F.silu(F.rms_norm(f32(x), self.scale.shape, self.scale, eps=1e-4))
 
 
-class Dense(nn.Sequential):
-    """Linear and NormSiLU: (..., in) -> (..., out)."""
-
-    def __init__(self, in_dim, out_dim):
-        super().__init__(Linear(in_dim, out_dim), NormSiLU(out_dim))
+def dense(in_dim, out_dim):
+    """Linear layer and NormSiLU: (..., in) -> (..., out)."""
+    return nn.Sequential(linear(in_dim, out_dim), NormSiLU(out_dim))
 
 
 def mlp(in_dim, units, layers, out_dim=None, outscale=1.0):
-    """`layers` Dense layers of width `units`, and a Linear to `out_dim` where one is given. [D2]"""
-    net = [Dense(in_dim if i == 0 else units, units) for i in range(layers)]
-    return nn.Sequential(*net, *([Linear(units, out_dim, outscale)] if out_dim else []))
+    """`layers` dense layers of width `units`, and a linear one to `out_dim`, if given. [D2]"""
+    net = [dense(in_dim if i == 0 else units, units) for i in range(layers)]
+    return nn.Sequential(*net, *([linear(units, out_dim, outscale)] if out_dim else []))
 
 
 # ---- 5. Encoder and decoder (paper: World model learning) ----------------------------------------
@@ -506,7 +489,7 @@ class Decoder(nn.Module):
         self.spaces = spaces
         if spaces.vectors:
             self.mlp = mlp(stoch + deter, units, 3)
-            self.vector_outs = nn.ModuleList(Linear(units, width) for _, width, _ in spaces.vectors)
+            self.vector_outs = nn.ModuleList(linear(units, width) for _, width, _ in spaces.vectors)
         if spaces.images:
             widths = [depth * factor for factor in reversed(CHANNEL_FACTORS)]
             cells = FINAL_SIZE**2 * widths[0]
@@ -518,9 +501,8 @@ class Decoder(nn.Module):
             self.image_outs = nn.ModuleList(UpConv(widths[-1], c) for _, c in spaces.images)
 
     def forward(self, deter, stoch):
-        """deter (B, T, D), stoch (B, T, S, K) -> dict of (B, T, ...), by name.
-
-        Images are (h, w, channels) in (0, 1). Vectors are (width): symlog values or logits.
+        """deter (B, T, D), stoch (B, T, S, K) -> images (B, T, h, w, C) in (0, 1) and vectors
+        (B, T, width), symlog values or logits, by name.
         """
         stoch, recon = stoch.flatten(-2), {}
         if self.spaces.vectors:
@@ -561,9 +543,9 @@ class Decoder(nn.Module):
 class StepLinear(torch.autograd.Function):
     """Gradient of the weight in y[t] = x[t] @ weight + addend[t], a loop over t, as one product.
 
-    `apply(weight, addend, inputs)` returns the addend (T, ...). The loop uses weight.detach(), so
-    that autograd sees no weight in it, and appends every x[t] to the list `inputs`. The backward
-    pass has every x[t] and dy[t]: the gradient is sum_t x[t].T @ dy[t], exactly as step by step.
+    `apply(weight, addend, inputs)` returns the addend (T, ...). The loop uses weight.detach() and
+    appends every x[t] to the list `inputs`. The backward pass then has every x[t] and dy[t]: the
+    gradient is sum_t x[t].T @ dy[t], exactly as step by step.
     """
 
     @staticmethod
@@ -588,15 +570,15 @@ class RSSM(nn.Module):
         super().__init__()
         self.deter_dim, self.stoch_shape = deter, (stoch, classes)
         self.blocks, self.unimix = blocks, unimix
-        self.deter_in = Dense(deter, hidden)
-        self.stoch_in = Dense(stoch * classes, hidden)
-        self.action_in = Dense(action_width, hidden)
+        self.deter_in = dense(deter, hidden)
+        self.stoch_in = dense(stoch * classes, hidden)
+        self.action_in = dense(action_width, hidden)
         self.hidden_layer = BlockLinear(deter + 3 * hidden * blocks, deter, blocks)
         self.hidden_norm = NormSiLU(deter)
         self.gru = BlockLinear(deter, 3 * deter, blocks)
         self.prior_net = mlp(deter, hidden, 2, stoch * classes)
-        self.posterior_in = Dense(deter + embed_dim, hidden)
-        self.posterior_out = Linear(hidden, stoch * classes)
+        self.posterior_in = dense(deter + embed_dim, hidden)
+        self.posterior_out = linear(hidden, stoch * classes)
 
     def initial(self, batch_size):
         """The state before the first step: deter (B, D), stoch (B, S, K), zeros."""
@@ -614,8 +596,8 @@ class RSSM(nn.Module):
     def layers(self):
         """The linear layers of a step, rounded once for all steps: name -> (weight, bias).
 
-        Weights are (in, out), or (G, in, out) of blocks; biases (out,), or (G, 1, out). The first
-        layer of the posterior has no bias here: `observe` adds the observation's share to it.
+        Weights are (in, out), or (G, in, out) of blocks; biases (out,), or (G, 1, out). `observe`
+        adds the bias and the observation's share to the posterior's first layer.
         """
         dense = lambda layer: (rounded(layer.weight).T, layer.bias)
         block = lambda layer: (rounded(layer.weight), layer.bias.view(self.blocks, 1, -1))
@@ -634,8 +616,7 @@ class RSSM(nn.Module):
 
         linear(name, x) computes the layer of `layers` that has this name.
         """
-        # Embeddings of h, z and a. Each block of the hidden layer sees its own slice of h and all
-        # three embeddings. [D7]
+        # Each block of the hidden layer sees its own slice of h and the embeddings of all. [D7]
         deter_embed = self.deter_in[1](linear("deter_in", deter))
         stoch_embed = self.stoch_in[1](linear("stoch_in", stoch.flatten(-2)))
         embeds = torch.cat([deter_embed, stoch_embed, action_embed], -1)  # (B, 3 hidden)
@@ -644,8 +625,8 @@ class RSSM(nn.Module):
         merge = lambda x: x.transpose(0, 1).flatten(-2)
         x = torch.cat([split(deter), embeds.expand(self.blocks, -1, -1)], -1)
         x = self.hidden_norm(merge(linear("hidden", x)))  # (B, D)
-        # GRU. Each block gives (reset, candidate, update), in this order. The reset gate acts on
-        # the candidate. The update gate has a bias of -1: at first, h is mostly kept. [D7]
+        # GRU. Each block gives (reset, candidate, update). The reset gate acts on the candidate,
+        # inside the tanh. The update gate has a bias of -1: at first, h is mostly kept. [D7]
         gates = f32(linear("gru", split(x)))  # (G, B, 3 D/G)
         reset, candidate, update = map(merge, gates.chunk(3, -1))  # (B, D) each
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
@@ -677,9 +658,8 @@ class RSSM(nn.Module):
         the state before the first step, deter (B, D), stoch (B, S, K). Returns deter (B, T, D),
         stoch (B, T, S, K) and the posterior's logits (B, T, S, K).
         """
-        # Time comes first here: a step is then a slice. Two things are computed for all steps at
-        # once: the action's embedding, and the observation's share of the posterior's first layer
-        # (a linear layer of joined inputs is the sum of one for each input).
+        # Time comes first here: a step is then a slice. The action's embedding and the
+        # observation's share of the posterior's first layer are computed for all steps at once.
         batch, length = is_first.shape
         # Where an episode begins, the previous action and the state are zeros, not class 0: `keep`
         # is 0 there. It masks the action here and the state in `observe_step`. [D9]
@@ -693,12 +673,10 @@ class RSSM(nn.Module):
             inputs[name], weights[name] = [], weight.detach()  # the loop below fills the list
             bias = from_embed if bias is None else bias.expand(length, *bias.shape[:-2], batch, -1)
             addends[name] = StepLinear.apply(weight, bias, inputs[name]).unbind(0)
-        states = []
-        for t in range(length):
+        states, steps = [], zip(keep, uniform, action_embed, strict=True)
+        for t, step in enumerate(steps):
             now = {name: addend[t] for name, addend in addends.items()}
-            *state, inputs_t = self.observe_step(
-                deter, stoch, keep[t], uniform[t], action_embed[t], now, weights
-            )
+            *state, inputs_t = self.observe_step(deter, stoch, *step, now, weights)
             deter, stoch, _ = state
             states.append(state)
             for name, x in inputs_t.items():
@@ -728,7 +706,7 @@ class Actor(nn.Module):
         self.classes, self.unimix = spaces.action_classes, unimix
         self.mlp = mlp(feat_dim, units, 3)
         names = ("logits",) if self.classes else ("mean", "std")
-        outs = {name: Linear(units, spaces.action_width, outscale=0.01) for name in names}  # [D2]
+        outs = {name: linear(units, spaces.action_width, outscale=0.01) for name in names}  # [D2]
         self.outs = nn.ModuleDict(outs)
 
     def forward(self, feat):
@@ -759,10 +737,18 @@ class Dreamer(nn.Module):
         self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
 
-    def choose(self, deter, stoch):
-        """Features (N, F) of a state, and the actor's choice in it (N, A)."""
+    def observe(self, batch):
+        """The posterior states and logits for a batch of `Agent.loss`: see `RSSM.observe`."""
+        deter = batch["deter"].to(torch.get_default_dtype())
+        start = deter, one_hot(batch["stoch"], self.rssm.stoch_shape[1])
+        embed, action = self.encoder(batch), batch["prev_action"]
+        return self.rssm.observe(embed, action, batch["is_first"], *start)
+
+    def imagine_step(self, deter, stoch, action, layers):
+        """The next state, its features (N, F), and the actor's choice in it (N, A)."""
+        deter, stoch = self.rssm.imagine_step(deter, stoch, action, layers)
         feat = self.rssm.feat(deter, stoch)
-        return feat, self.actor(feat).sample()
+        return deter, stoch, feat, self.actor(feat).sample()
 
 
 def world_model_loss(model, batch, args):
@@ -771,10 +757,7 @@ def world_model_loss(model, batch, args):
     batch: T steps, see `Agent.loss`. Returns a dict of losses (B, T), the posterior states deter
     (B, T, D) and stoch (B, T, S, K) with gradient, and metrics.
     """
-    embed = model.encoder(batch)  # (B, T, E)
-    deter, stoch, post_logits = model.rssm.observe(
-        embed, batch["prev_action"], batch["is_first"], batch["deter"], batch["stoch"]
-    )
+    deter, stoch, post_logits = model.observe(batch)
     feat = model.rssm.feat(deter, stoch)  # (B, T, F)
 
     # L_pred (Eq. 3). The discount is part of the continue flag: imagination needs no other. [D12]
@@ -793,12 +776,8 @@ def world_model_loss(model, batch, args):
     losses["rep"] = categorical_kl(post, prior.detach()).clamp(min=args.free_nats)
     assert all(loss.shape == deter.shape[:2] for loss in losses.values())
     entropy = lambda log_p: -(log_p.exp() * log_p).sum((-2, -1)).mean()
-    metrics = {
-        "latents/kl": kl.mean(),
-        "latents/posterior_entropy": entropy(post),
-        "latents/prior_entropy": entropy(prior),
-    }
-    return losses, deter, stoch, metrics
+    metrics = {"latents/kl": kl.mean(), "latents/prior_entropy": entropy(prior)}
+    return losses, deter, stoch, metrics | {"latents/posterior_entropy": entropy(post)}
 
 
 # ---- 8. Behaviour: actor and critic (paper: Critic learning, Actor learning, Eq. 4-7) ------------
@@ -816,25 +795,23 @@ def imagine(model, deter, stoch, horizon):
         action     a0   a1  ...   aH      a[t] is chosen at s[t]; the last one is not carried out
         reward     -    r1  ...   rH      predicted from s[t]: received on arriving there
     """
-    layers, feats, actions = model.rssm.layers(), [], []
-    for t in range(horizon + 1):
-        if t > 0:
-            deter, stoch = model.rssm.imagine_step(deter, stoch, actions[-1], layers)
-        feat, action = model.choose(deter, stoch)
+    layers, feats = model.rssm.layers(), [model.rssm.feat(deter, stoch)]
+    actions = [model.actor(feats[0]).sample()]
+    for _ in range(horizon):
+        deter, stoch, feat, action = model.imagine_step(deter, stoch, actions[-1], layers)
         feats.append(feat)
         actions.append(action)
     return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
 def lambda_return(reward, value, cont, last, return_lambda):
-    """Lambda-returns, computed backwards (Eq. 5):
+    """Lambda-returns (N, H), computed backwards (Eq. 5):
 
         R[t] = r[t+1] + c[t+1] ((1 - l[t+1]) v[t+1] + l[t+1] R[t+1]),  R[H] = v[H]
 
     with l = lambda (1 - last). The paper counts a reward with the action that earns it; here it
-    belongs to the state it leads to. [D14] reward, value, cont, last: (N, H+1); cont in [0, 1] has
-    the discount inside; last is 1 where a trajectory is cut: the value stands for what follows.
-    Returns (N, H).
+    belongs to the state it leads to. [D14] All arguments are (N, H+1). cont in [0, 1] has the
+    discount inside; last is 1 where a trajectory is cut: the value stands for what follows.
     """
     assert reward.shape == value.shape == cont.shape == last.shape
     lambdas = return_lambda * (1 - last)
@@ -855,8 +832,8 @@ def critic_loss(logits, slow_value, returns, model, args):
 def actor_critic_loss(model, feat, action, args):
     """Losses of actor and critic on imagined trajectories (Eq. 5-7).
 
-    feat (N, H+1, F), action (N, H+1, A) as of `imagine`. Updates the return range. Returns the
-    losses `actor` and `critic`, (N, H) each, the returns (N, H), and metrics.
+    feat (N, H+1, F) and action (N, H+1, A) are those of `imagine`. Moves the return range. Returns
+    the losses `actor` and `critic`, (N, H) each, the returns (N, H), and metrics.
     """
     logits = model.critic(feat)  # (N, H+1, V)
     with torch.no_grad():
@@ -885,20 +862,11 @@ def actor_critic_loss(model, feat, action, args):
         "critic": weight[:, :-1] * regression,
     }
     assert all(loss.shape == returns.shape for loss in losses.values())
-    metrics = {
-        "behaviour/return": returns.mean(),
-        "behaviour/return_low": low,
-        "behaviour/return_high": high,
-        "behaviour/value": value.mean(),
-        "behaviour/slow_value": slow_value.mean(),
-        "behaviour/reward": reward.mean(),
-        "behaviour/cont": cont.mean(),
-        "behaviour/weight": weight.mean(),
-        "behaviour/advantage": advantage.mean(),
-        "behaviour/advantage_std": advantage.std(correction=0),
-        "behaviour/policy_entropy": entropy.mean(),
-    }
-    return losses, returns, metrics
+    metrics = dict(return_low=low, return_high=high, advantage_std=advantage.std(correction=0))
+    metrics |= {"return": returns.mean(), "value": value.mean(), "slow_value": slow_value.mean()}
+    metrics |= dict(reward=reward.mean(), cont=cont.mean(), weight=weight.mean())
+    metrics |= dict(advantage=advantage.mean(), policy_entropy=entropy.mean())
+    return losses, returns, {f"behaviour/{name}": x for name, x in metrics.items()}
 
 
 def replay_critic_loss(model, feat, bootstrap, batch, args):
@@ -939,10 +907,7 @@ class LaProp:
 
     @torch.no_grad()
     def step(self, grads):
-        """Move the parameters; `grads`, in their order, are overwritten. Returns metrics.
-
-        Never waits for a GPU.
-        """
+        """Move the parameters by `grads`, which are in their order and overwritten: metrics."""
         args, grads = self.args, list(grads)
         norms = torch.stack(torch._foreach_norm(grads))
         if args.agc_clip:
@@ -976,32 +941,24 @@ def to_device(arrays, device):
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next update instead of giving it back to the system.
-
-    Otherwise page faults, one for every 4 kB, take half the time of an update on images.
-    """
+    """Have glibc keep freed memory: page faults take half the time of an update on images."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         mmap_max, trim_threshold = -4, -1  # names of glibc's malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
 
 
-def compiler_works(device):
-    """Whether torch.compile can build for this device; prints why not."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-        return True
-    except Exception as error:
-        print(f"torch.compile does not work here, going on without it: {first_line(error)}")
-        return False
+def stored(deter, stoch):
+    """A state as the replay stores it: deter (..., D) float16, classes of stoch (..., S) uint8."""
+    return deter.half(), stoch.argmax(-1).to(torch.uint8)
 
 
 class CudaGraph:
     """A function of tensors as one CUDA graph for each set of input shapes and types.
 
-    Launching thousands of small kernels one by one takes longer than running them. The first three
-    calls compile and warm up, the next one records, later ones replay. The function may depend on
-    nothing but its input, random numbers, and tensors that stay in place.
+    Launching thousands of small kernels takes longer than running them. Three calls compile and
+    warm up, the next one records, later ones replay. The function may depend on nothing but its
+    input, random numbers, and tensors that stay in place.
     """
 
     def __init__(self, function):
@@ -1010,7 +967,6 @@ class CudaGraph:
 
     def __call__(self, *inputs):
         leaves = tree_leaves(inputs)
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves)
         self.calls[key] += 1
         if self.calls[key] == 4:
@@ -1022,8 +978,9 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         graph, static, outputs = self.graphs[key]
-        for to, x in zip(static, tensors, strict=True):
-            to.copy_(x, non_blocking=True)
+        for to, x in zip(static, leaves, strict=True):
+            if isinstance(x, torch.Tensor):
+                to.copy_(x, non_blocking=True)
         graph.replay()
         return tree_map(torch.clone, outputs)
 
@@ -1032,12 +989,10 @@ class CudaGraph:
         static, graph = tree_map_only(torch.Tensor, torch.clone, inputs), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                outputs = self.function(*static)
+                self.graphs[key] = graph, tree_leaves(static), self.function(*static)
         except RuntimeError as error:
+            self.graphs.pop(key, None)
             print(f"CUDA graphs do not work here, going on without them: {first_line(error)}")
-            return
-        static = [x for x in tree_leaves(static) if isinstance(x, torch.Tensor)]
-        self.graphs[key] = graph, static, outputs
 
 
 class Agent:
@@ -1054,20 +1009,25 @@ class Agent:
         self.optimizer = LaProp(self.params, args)
         low = dtype == torch.bfloat16
         self.autocast = torch.autocast(self.device.type, dtype, enabled=low, cache_enabled=False)
-        self.fuse = lambda function: function
-        if args.compile and compiler_works(self.device):
-            # Every agent of a process counts against this limit, beyond which nothing is compiled.
-            torch._dynamo.config.recompile_limit = 1000
-            # The pieces, not the loops over time around them: unrolled, those take minutes.
-            self.fuse = functools.cache(functools.partial(torch.compile, dynamic=False))
-            model, rssm = self.model, self.model.rssm
-            model.encoder.forward = self.fuse(model.encoder.forward)
-            model.decoder.forward = self.fuse(model.decoder.forward)
-            rssm.observe_step = self.fuse(rssm.observe_step)
-            rssm.imagine_step = self.fuse(rssm.imagine_step)
-            model.choose = self.fuse(model.choose)
+        self.behaviour_loss = actor_critic_loss
+        if args.compile:
+            self.compile()
         if args.cudagraphs and self.device.type == "cuda":
             self.act, self.train_step = CudaGraph(self.act), CudaGraph(self.train_step)
+
+    def compile(self):
+        """Compile the pieces of an update; its loops over time, unrolled, would take minutes."""
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
+        except Exception as error:
+            print(f"torch.compile does not work here, going on without it: {first_line(error)}")
+            return
+        # Every agent of a process counts against this limit, beyond which nothing is compiled.
+        torch._dynamo.config.recompile_limit = 1000
+        model, rssm = self.model, self.model.rssm
+        pieces = (model.encoder, "forward"), (model.decoder, "forward"), (rssm, "observe_step")
+        for owner, name in *pieces, (model, "imagine_step"), (self, "behaviour_loss"):
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
 
     def initial(self, num_envs):
         """What `act` carries on: deter (n, D), stoch (n, S, K), previous action (n, A); zeros."""
@@ -1079,8 +1039,8 @@ class Agent:
     def act(self, obs, carry, greedy=False):
         """One decision for n environments: obs dict of (n, ...) with is_first, carry -> new carry.
 
-        The new carry is the posterior state at this observation and the action vector (n, A):
-        sampled, or the most likely one if `greedy`.
+        That is the posterior state at this observation, and the action vector: sampled, or the
+        most likely one if `greedy`.
         """
         deter, stoch, prev_action = carry
         obs = {key: x.unsqueeze(1) for key, x in obs.items()}  # sequences of one step
@@ -1095,72 +1055,57 @@ class Agent:
         """The sum of all losses (scalar), metrics, and the posterior states (B, T, ...).
 
         batch: observations by name (B, T, ...), prev_action (B, T, A), reward, is_first, is_last,
-        is_terminal (B, T), and the state before the first step, deter (B, D), stoch (B, S, K).
+        is_terminal (B, T), and the state before the first step as the replay stores it.
         """
         args, model = self.args, self.model
         losses, deter, stoch, metrics = world_model_loss(model, batch, args)
         starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)  # (N, ...)
         feat, action = imagine(model, *starts, args.imag_horizon)
-        behave = self.fuse(actor_critic_loss)
-        behaviour, returns, behaviour_metrics = behave(model, feat, action, args)
+        behaviour, returns, behaviour_metrics = self.behaviour_loss(model, feat, action, args)
         bootstrap = returns[:, 0].unflatten(0, deter.shape[:2])  # (B, T)
-        losses |= behaviour
         feat = model.rssm.feat(deter, stoch)  # with gradient into the world model
+        losses |= behaviour
         losses["repval"] = replay_critic_loss(model, feat, bootstrap, batch, args)
 
         # One sum (Eq. 2 and the losses of actor and critic). [D20]
-        scales = dict.fromkeys(losses, args.beta_pred)  # reconstructions, reward, cont
-        scales |= {"dyn": args.beta_dyn, "rep": args.beta_rep}
-        scales |= {"actor": 1.0, "critic": args.beta_val, "repval": args.beta_repval}
+        scales = dict(dyn=args.beta_dyn, rep=args.beta_rep, actor=1.0)
+        scales |= dict(critic=args.beta_val, repval=args.beta_repval)
         means = {name: loss.mean() for name, loss in losses.items()}
-        total = sum(scales[name] * mean for name, mean in means.items())
+        # beta_pred is the weight of reward, cont, and every observation.
+        total = sum(scales.get(name, args.beta_pred) * mean for name, mean in means.items())
+        means["total"] = total
         metrics |= behaviour_metrics | {f"losses/{name}": mean for name, mean in means.items()}
-        metrics["losses/total"] = total
         metrics = {name: value.detach() for name, value in metrics.items()}
         return total, metrics, deter.detach(), stoch.detach()
 
-    def update(self, batch):
-        """Losses, gradients, optimizer, slow critic. batch as in `loss`; metrics, deter, stoch."""
+    def train_step(self, batch):
+        """One update of everything: losses, gradients, optimizer, slow critic. batch as in `loss`.
+
+        Returns the metrics and the posterior states as the replay stores them: deter (B, T, D)
+        float16, stoch (B, T, S) uint8.
+        """
         with self.autocast:
             total, metrics, deter, stoch = self.loss(batch)
         metrics |= self.optimizer.step(torch.autograd.grad(total, self.params))
         slow, critic = self.model.slow_critic.parameters(), self.model.critic.parameters()
         with torch.no_grad():
             torch._foreach_lerp_(list(slow), list(critic), self.args.tau)
-        return metrics, deter, stoch
-
-    def train_step(self, batch):
-        """One update of everything. batch: T+1 steps as `Replay` gives them, as tensors.
-
-        The first step is only context: its action and stored state, deter (B, D) and stoch (B, S),
-        start the sequence [D21]. Returns the metrics and what the replay stores for the T steps:
-        deter (B, T, D) float16 and the classes of stoch (B, T, S) uint8.
-        """
-        metrics, deter, stoch = self.update(self.after_context(batch))
-        return metrics, deter.half(), stoch.argmax(-1).to(torch.uint8)
-
-    def after_context(self, batch):
-        """T+1 steps as in `train_step` -> the T steps that `loss` wants."""
-        steps = {key: x[:, 1:] for key, x in batch.items() if key not in ("deter", "stoch")}
-        steps["prev_action"] = batch["action"][:, :-1]
-        steps["deter"] = batch["deter"].to(torch.get_default_dtype())
-        steps["stoch"] = one_hot(batch["stoch"], self.model.rssm.stoch_shape[1])
-        return steps
+        return metrics, *stored(deter, stoch)
 
     def state_dict(self):
         """Everything that learns, and the spaces that it belongs to."""
         learned = {"model": self.model.state_dict(), "optimizer": self.optimizer.state}
-        return learned | {"spaces": repr(self.spaces)}
+        return learned | {"spaces": astuple(self.spaces)}
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Take over a `state_dict`. Raises UserError if it belongs to another environment."""
-        if state["spaces"] != repr(self.spaces):
+        """Take over a `state_dict`. Raises UserError if it belongs to other networks."""
+        if state["spaces"] != astuple(self.spaces):
             raise UserError(f"the environment has other spaces than the checkpoint: {self.spaces}")
         try:
             self.model.load_state_dict(state["model"])
             torch._foreach_copy_(self.optimizer.state, state["optimizer"])
-        except (KeyError, RuntimeError) as error:
+        except RuntimeError as error:
             raise UserError("the checkpoint is of other networks than this file's") from error
 
 
@@ -1170,35 +1115,40 @@ class Agent:
 class Replay:
     """Ring of the last steps of every environment, with the latent state of each step.
 
-    One stream per environment; all have the same length, as environments step together. Sequences
-    cross episodes: the RSSM resets at is_first. Images are uint8; latents are float16 (|h| < 1) and
-    class indices. An entry is one step of all environments: arrays are (length, num_envs, ...).
-    They are one file mapped into memory: what was written survives the process at once, and a
-    checkpoint need not copy it. Raises UserError if there is no room for the file.
+    Sequences cross episodes: the RSSM resets at is_first. An entry is one step of all environments:
+    arrays are (length, num_envs, ...). They are one file mapped into memory: what was written
+    survives the process, and a checkpoint need not copy it. Raises UserError if there is no room.
     """
 
-    def __init__(self, path, length, num_envs, spaces, rssm, args):
+    def __init__(self, path, length, spaces, rssm, args):
         fields = [
             *((name, np.uint8, (IMAGE_SIZE, IMAGE_SIZE, c)) for name, c in spaces.images),
             *((name, np.float32, (width,)) for name, width, _ in spaces.vectors),
             ("action", np.float32, (spaces.action_width,)),
             ("reward", np.float32, ()),
-            ("is_first", np.bool_, ()),
-            ("is_last", np.bool_, ()),
-            ("is_terminal", np.bool_, ()),
+            *((name, np.bool_, ()) for name in ("is_first", "is_last", "is_terminal")),
             ("deter", np.float16, (rssm.deter_dim,)),
             ("stoch", np.uint8, (rssm.stoch_shape[0],)),
         ]
-        fields = [(name, kind, (num_envs, *shape)) for name, kind, shape in fields]
         self.names = [name for name, _, _ in fields]
+        fields = [(name, kind, (args.num_envs, *shape)) for name, kind, shape in fields]
         entry = np.dtype([("step", np.int64), *fields], align=True)
-        self.path, self.length, self.num_envs = path, length, num_envs
+        self.length, self.num_envs = length, args.num_envs
         self.batch_size, self.window = args.batch_size, args.batch_length + 1
         self.steps = 0  # written to each stream so far; step i is at i % length
-        self.readable_from = 0  # earlier steps are incomplete: see `load_state_dict`
-        self.online_queue = deque()  # (env, first step) of new sequences, to be given out first
-        self.rng = np.random.default_rng(args.seed)
-        self.bytes_found = reserve(path, length * entry.itemsize)
+        self.readable_from = 0  # earlier steps are incomplete: see `resume`
+        self.online = 0  # windows of new steps that are done with, over all streams
+        before, size = path.stat().st_size if path.exists() else 0, length * entry.itemsize
+        try:
+            with open(path, "ab") as file:
+                file.truncate(max(before, size))
+                if hasattr(os, "posix_fallocate"):  # elsewhere, a full disk is met later
+                    os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)  # gives the room back
+            text = f"no {size / 1e9:.2f} GB for the replay {path}: {error.strerror}"
+            raise UserError(f"{text}; lower --buffer-size?") from error
         self.data = np.memmap(path, entry, "r+", shape=(length,))
 
     @property
@@ -1217,33 +1167,33 @@ class Replay:
         for name in self.names:
             self.data[name][row] = entry[name]
         self.steps += 1
-        if self.steps % self.window == 0:
-            start = self.steps - self.window
-            self.online_queue.extend((env, start) for env in range(self.num_envs))
 
     def sample(self):
-        """A batch of T+1 steps, dict of arrays (B, T+1, ...) without latents, and its index.
+        """A batch of T steps, dict of arrays (B, T, ...) without latents, and its index.
 
-        Sequences that were just completed come first, each once. The rest is drawn uniformly from
-        all start positions.
+        The step before them is context: its action is their first prev_action. [D21] Every window
+        of T+1 new steps comes once, as soon as it is complete (the online queue). The rest is drawn
+        uniformly from all start positions.
         """
-        starts = []
-        while self.online_queue and len(starts) < self.batch_size:
-            env, start = self.online_queue.popleft()
-            if start >= self.oldest:
-                starts.append((env, start))
-        numbers = self.rng.integers(len(self), size=self.batch_size - len(starts))
-        starts += [(i % self.num_envs, self.oldest + i // self.num_envs) for i in numbers]
+        starts, complete = [], self.steps // self.window * self.num_envs
+        while self.online < complete and len(starts) < self.batch_size:
+            window, env = divmod(self.online, self.num_envs)
+            self.online += 1
+            if window * self.window >= self.oldest:
+                starts.append((env, window * self.window))
+        for i in torch.randint(len(self), (self.batch_size - len(starts),)).tolist():
+            starts.append((i % self.num_envs, self.oldest + i // self.num_envs))
         envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
-        index = (first + np.arange(self.window)) % self.length, envs
-        latents = ("deter", "stoch")
-        batch = {name: self.data[name][index] for name in self.names if name not in latents}
+        rows = (first + np.arange(self.window)) % self.length  # (B, T+1)
+        names = set(self.names) - {"action", "deter", "stoch"}
+        batch = {name: self.data[name][rows[:, 1:], envs] for name in names}
+        batch["prev_action"] = self.data["action"][rows[:, :-1], envs]
         # An episode cut off by a restart ends where the next one begins.
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
-        return batch, index
+        return batch, (rows, envs)
 
     def read_latents(self, index):
-        """The stored states at a batch's first step, its context: deter (B, D), stoch (B, S)."""
+        """The state at a batch's context, where its sequences start: deter (B, D), stoch (B, S)."""
         rows, envs = index
         return {name: self.data[name][rows[:, 0], envs[:, 0]] for name in ("deter", "stoch")}
 
@@ -1253,44 +1203,19 @@ class Replay:
         self.data["deter"][rows[:, 1:], envs] = deter
         self.data["stoch"][rows[:, 1:], envs] = stoch
 
-    def state_dict(self):
-        """All but the file's contents."""
-        rng, queue = json.dumps(self.rng.bit_generator.state), list(map(list, self.online_queue))
-        return {"steps": self.steps, "online_queue": queue, "rng": rng}
+    def resume(self, steps, online):
+        """Go on from the file as it was after so many steps. Raises UserError if it is damaged.
 
-    def load_state_dict(self, state):
-        """Go on from the file as it was at a checkpoint. Raises UserError if it is damaged.
-
-        Steps from after the checkpoint are dropped: the run writes them anew. Where they had
-        overwritten the oldest steps of the ring, those are lost, and must not be read. (Latent
-        states from lost updates stay: stored ones always come from some older network.)
+        Later steps are dropped: the run writes them anew. Where they had overwritten the oldest
+        steps of the ring, those are lost, and must not be read. (Latent states from lost updates
+        stay: stored ones always come from some older network.)
         """
-        self.steps, self.online_queue = state["steps"], deque(map(tuple, state["online_queue"]))
-        self.rng.bit_generator.state = json.loads(state["rng"])
-        steps = np.arange(max(0, self.steps - self.length), self.steps)
-        if self.bytes_found < len(steps) * self.data.itemsize:
-            raise UserError(f"the replay {self.path} is missing or too short")
-        overwritten = steps[self.data["step"][steps % self.length] != steps]
-        self.readable_from = max(overwritten + 1, default=0)
-
-
-def reserve(path, size):
-    """Make a file at least `size` bytes long, and take the room for all of it.
-
-    Returns its size before. Raises UserError if there is no room.
-    """
-    before = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "ab") as file:
-            file.truncate(max(before, size))
-            if hasattr(os, "posix_fallocate"):  # elsewhere, a full disk is met later
-                os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.truncate(path, before)  # gives the room back
-        need = f"{size / 1e9:.2f} GB for the replay {path}"
-        raise UserError(f"no {need}: {error.strerror}; lower --buffer-size?") from error
-    return before
+        self.steps, self.online = steps, online
+        wanted = np.arange(max(0, steps - self.length), steps)
+        found = self.data["step"][wanted % self.length]
+        if (found < wanted).any():
+            raise UserError(f"the replay {self.data.filename} is missing or damaged")
+        self.readable_from = max(wanted[found > wanted] + 1, default=0)
 
 
 # ---- 12. Environments ----------------------------------------------------------------------------
@@ -1306,10 +1231,9 @@ def make_envs(args, num_envs, video=None):
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"--env-kwargs must be a JSON object, not {args.env_kwargs}") from error
     gym.logger.min_level = 50  # silent: what matters is raised
-    atari = args.env_id.split(":")[-1].startswith("ALE/")
+    wrappers, atari = [], args.env_id.split(":")[-1].startswith("ALE/")
     if atari:
         import_optional("ale_py", "gymnasium[atari]")  # registers its environments
-    wrappers = []
     if video:
         kwargs["render_mode"] = "rgb_array"
         record = dict(video_folder=str(video), episode_trigger=lambda episode: True)
@@ -1318,8 +1242,7 @@ def make_envs(args, num_envs, video=None):
         # The C++ environment takes the maximum over two frames and resizes (that of a video does
         # not). Rewards and lives stay as the game has them.
         defaults = dict(img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1)
-        defaults |= dict(use_fire_reset=False, reward_clipping=False, episodic_life=False)
-        kwargs = defaults | kwargs
+        kwargs = defaults | dict(use_fire_reset=False, reward_clipping=False) | kwargs
     if args.action_repeat > 1:
         wrappers.append(lambda env: gym.wrappers.RepeatAction(env, args.action_repeat))
     mode, options = ("async", {"shared_memory": False}) if args.async_envs else ("sync", {})
@@ -1375,10 +1298,10 @@ def encode_image(image):
 
 
 def encode(space, value, name="obs"):
-    """Take batched values of a space apart: [(name, discrete classes, (n, ...) array)], sorted.
+    """Take batched values of a space apart: [(name, discrete classes, array)], sorted by name.
 
-    Dict and Tuple spaces may be nested. The arrays are images (n, 64, 64, C) uint8 and vectors
-    (n, width) float32. Raises UserError for spaces that cannot be encoded.
+    Arrays are images (n, 64, 64, C) uint8 and vectors (n, width) float32. Raises UserError for
+    spaces that cannot be encoded.
     """
     if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
         items = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
@@ -1392,16 +1315,14 @@ def encode(space, value, name="obs"):
     return [(name, classes, encode_vector(np.asarray(value), space))]
 
 
-LONGEST_EPISODE = 100_000  # agent steps after which a running episode is reported as it stands
-
-
 class Environments:
     """A vector environment in the agent's terms: observations by name, action vectors.
 
     `spaces` describes them to the networks. `entry` is the present column of the table at the head
-    of this file, but for the action. Raises UserError for spaces that cannot be encoded, and for
-    whatever the environments do wrong.
+    of this file, but for the action. Raises UserError for whatever the environments do wrong.
     """
+
+    longest_episode = 100_000  # agent steps after which an episode is reported as it stands
 
     def __init__(self, args, num_envs, seed, video=None):
         self.envs, self.num_envs, self.seed = make_envs(args, num_envs, video), num_envs, seed
@@ -1419,12 +1340,10 @@ class Environments:
 
     def reset(self):
         """Begin an episode in every environment."""
-        n, zeros = self.num_envs, np.zeros(self.num_envs, bool)
-        self.returns, self.lengths = np.zeros(n), np.zeros(n, int)
-        flags = dict(is_first=~zeros, is_last=zeros, is_terminal=zeros)
+        n = self.num_envs
+        self.returns, self.lengths, zeros = np.zeros(n), np.zeros(n, int), np.zeros(n, bool)
         with self.faults():
-            self.entry = self.encode_obs(self.envs.reset(seed=self.seed)[0]) | flags
-        self.entry["reward"] = zeros.astype(np.float32)
+            self.arrive(self.envs.reset(seed=self.seed)[0], zeros, ~zeros, zeros, zeros)
 
     def step(self, action):
         """Carry out action vectors (n, A): [(environment, return, length)] of ended episodes.
@@ -1434,24 +1353,24 @@ class Environments:
         self.steps += 1
         with self.faults():
             obs, *results, _ = self.envs.step(self.decode_action(action))
-            results = [np.asarray(x).reshape(self.num_envs) for x in results]
-            reward, terminal, truncated = map(np.ndarray.astype, results, (np.float32, bool, bool))
-            is_first, is_last = self.entry["is_last"], terminal | truncated
-            self.entry = self.encode_obs(obs) | dict(is_first=is_first, is_last=is_last)
-            self.entry |= dict(is_terminal=terminal, reward=reward)
-            self.check_finite("reward", reward)
-        self.returns += reward
-        self.lengths += ~is_first
-        ended = is_last | (self.lengths >= LONGEST_EPISODE)
+            reward, *ends = (np.asarray(x).reshape(self.num_envs) for x in results)
+            self.arrive(obs, reward, self.entry["is_last"], *(x.astype(bool) for x in ends))
+        self.returns += self.entry["reward"]
+        self.lengths += ~self.entry["is_first"]
+        ended = self.entry["is_last"] | (self.lengths >= self.longest_episode)
         episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)]
         self.returns[ended] = self.lengths[ended] = 0
         return episodes
 
-    def check_finite(self, name, values):
-        """Raise ValueError if one of the values (n, ...) is not finite."""
-        finite = np.isfinite(values).reshape(self.num_envs, -1).all(1)
-        if not finite.all():
-            raise ValueError(f"{name} of environment {finite.argmin()} is not finite")
+    def arrive(self, obs, reward, is_first, terminal, truncated):
+        """Set `entry` to what was observed. Raises ValueError for a number that is not finite."""
+        parts = encode(self.envs.single_observation_space, obs)
+        self.entry = {name: x for name, _, x in parts}
+        self.entry |= dict(reward=reward.astype(np.float32), is_first=is_first)
+        self.entry |= dict(is_last=terminal | truncated, is_terminal=terminal)
+        for name, x in self.entry.items():
+            if not np.isfinite(x).all():
+                raise ValueError(f"{name} is not finite")
 
     @contextlib.contextmanager
     def faults(self):
@@ -1461,13 +1380,6 @@ class Environments:
         except (Exception, SystemExit) as error:  # such as EOFError: a worker has died
             problem = f"{type(error).__name__}: {error}"
             raise UserError(f"the environments failed at step {self.steps}: {problem}") from error
-
-    def encode_obs(self, obs):
-        """Batched observations -> dict of images (n, 64, 64, C) and vectors (n, width), by name."""
-        parts = encode(self.envs.single_observation_space, obs)
-        for name, _, x in parts:
-            self.check_finite(name, x)
-        return {name: x for name, _, x in parts}
 
     def decode_action(self, action):
         """Action vectors (n, A) -> the environment's actions.
@@ -1481,8 +1393,7 @@ class Environments:
             return index.astype(space.dtype) + getattr(space, "start", 0)
         action = action.reshape(-1, *space.shape)
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
-        low = np.where(bounded, space.low, -1.0).astype(np.float64)  # high - low may be large
-        high = np.where(bounded, space.high, 1.0).astype(np.float64)
+        low, high = np.where(bounded, (space.low, space.high), 0.0).astype(np.float64)
         scaled = low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
         action = np.clip(np.where(bounded, scaled, action), space.low, space.high)
         return (np.rint(action) if space.dtype.kind in "iu" else action).astype(space.dtype)
@@ -1501,12 +1412,11 @@ class Environments:
 class Logger:
     """Metrics to metrics.jsonl, and to TensorBoard if it is installed; from there to W&B (--track).
 
-    Locks the run's folder. `state` is a checkpoint's: lines written after it are dropped. A status
-    line is rewritten in place on a terminal, and printed every ten seconds elsewhere.
+    Locks the run's folder. Lines after byte `size` were written after the checkpoint of `step`, and
+    are dropped. A terminal shows one status line; elsewhere there is one every ten seconds.
     """
 
-    def __init__(self, args, folder, state=None):
-        state = state or {"bytes": 0, "seconds": 0.0, "step": 0}
+    def __init__(self, args, folder, step=0, size=0, seconds=0.0):
         self.file, self.tensorboard = open(folder / "metrics.jsonl", "ab", buffering=0), None
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
@@ -1515,25 +1425,20 @@ class Logger:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{folder} is in use by another process") from error
-        self.file.truncate(min(state["bytes"], os.fstat(self.file.fileno()).st_size))
+        self.file.truncate(min(size, os.fstat(self.file.fileno()).st_size))
         self.wandb = import_optional("wandb", "wandb") if args.track else None
         if self.wandb:
-            where = dict(project=args.wandb_project_name, entity=args.wandb_entity)
             same = dict(id=re.sub(r"\W", "-", folder.name), name=folder.name, resume="allow")
-            self.wandb.init(**where, **same, config=asdict(args), sync_tensorboard=True)
+            same |= dict(project=args.wandb_project_name, entity=args.wandb_entity)
+            self.wandb.init(**same, config=asdict(args), sync_tensorboard=True)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(folder, purge_step=state["step"] + 1)
-        self.began, self.terminal = time.time() - state["seconds"], sys.stdout.isatty()
+            self.tensorboard = SummaryWriter(folder, purge_step=step + 1)
+        self.began, self.terminal = time.time() - seconds, sys.stdout.isatty()
         self.returns, self.total = deque(maxlen=20), args.total_timesteps
-        self.marks = None  # (time, step, updates) of the last status lines
+        self.marks = deque(maxlen=20)  # (time, step, updates) of the last status lines
         self.rates = 0.0, 0.0  # agent steps, updates a second
-
-    def state_dict(self, step):
-        """What a resumed run needs to go on after this step."""
-        size, seconds = os.fstat(self.file.fileno()).st_size, time.time() - self.began
-        return {"bytes": size, "seconds": seconds, "step": step}
 
     def write(self, step, metrics, picture=None):
         """One line of scalars, those that are finite: dict of name -> number or 0-d tensor."""
@@ -1550,19 +1455,17 @@ class Logger:
     def status(self, step, updates):
         """Show the status line if it is time for it."""
         now = time.time()
-        self.marks = self.marks or deque([(now, step, updates)], maxlen=20)
-        if now - self.marks[-1][0] < (0.5 if self.terminal else 10):
+        if self.marks and now - self.marks[-1][0] < (0.5 if self.terminal else 10):
             return
         self.marks.append((now, step, updates))
         seconds, steps, trained = np.subtract(self.marks[-1], self.marks[0])
-        self.rates = steps / seconds, trained / seconds
-        text = f"step {step:,}/{self.total:,}  {self.rates[0]:.1f} steps/s  "
-        text += f"{self.rates[1]:.2f} updates/s  "
+        self.rates = steps / (seconds or 1), trained / (seconds or 1)
+        text = f"step {step:,}/{self.total:,}  {self.rates[0]:.1f} steps/s"
         if trained:  # before the first updates, the speed says nothing
-            left = (self.total - step) / self.rates[0]
-            text += f"{datetime.timedelta(seconds=int(left))} left  "
+            left = datetime.timedelta(seconds=int((self.total - step) / self.rates[0]))
+            text += f"  {self.rates[1]:.2f} updates/s  {left} left"
         if self.returns:
-            text += f"return {self.returns[-1]:.1f}, mean {np.mean(self.returns):.1f}"
+            text += f"  return {self.returns[-1]:.1f}, mean {np.mean(self.returns):.1f}"
         self.show(text, end="" if self.terminal else "\n")
 
     def show(self, text, end="\n"):
@@ -1580,7 +1483,10 @@ class Logger:
 
 
 class Trainer:
-    """Collection and training: what a run carries from one step to the next."""
+    """Collection and training: what a run carries from one step to the next.
+
+    checkpoint: that of the run in `folder`, to go on with. Raises UserError if it does not fit.
+    """
 
     counters = ("step", "updates", "credit", "evaluated")
 
@@ -1588,19 +1494,23 @@ class Trainer:
         self.args, self.envs, self.agent, n = args, envs, agent, args.num_envs
         steps = max(args.total_timesteps, checkpoint["step"] if checkpoint else 0) + n
         length = math.ceil(min(args.buffer_size, steps) / n)
-        rssm = agent.model.rssm
-        self.replay = Replay(folder / "replay.bin", length, n, envs.spaces, rssm, args)
+        self.replay = Replay(folder / "replay.bin", length, envs.spaces, agent.model.rssm, args)
         if agent.device.type == "cpu":
             keep_freed_memory()
-        self.step = self.updates = 0
-        self.evaluated = 0  # step of the last evaluation
+        self.step = self.updates = self.evaluated = 0  # evaluated: step of the last evaluation
         self.updates_per_step = args.train_ratio / (args.batch_size * args.batch_length)
         self.credit = float(self.updates_per_step > 0)  # updates owed; the first one at once
         self.starts_needed = args.batch_size * args.batch_length  # before training begins [D22]
         self.batch, self.metrics = None, {}  # of the latest update
         self.pending = None  # index and latent states of the latest update, not yet stored
         if checkpoint:
-            self.load_state_dict(checkpoint)
+            for name in self.counters:
+                setattr(self, name, checkpoint[name])
+            agent.load_state_dict(checkpoint["agent"])
+            self.replay.resume(self.step // n, checkpoint["online"])
+            torch.set_rng_state(checkpoint["random"])
+            if agent.device.type == "cuda" and checkpoint["random_cuda"] is not None:
+                torch.cuda.set_rng_state(checkpoint["random_cuda"], agent.device)
         envs.reset()
         self.carry = agent.initial(n)
 
@@ -1608,19 +1518,18 @@ class Trainer:
         """One step of every environment and the updates due: episodes as of `Environments.step`."""
         entry = self.envs.entry
         self.carry = self.agent.act(to_device(entry, self.agent.device), self.carry)
-        deter, stoch, action = self.carry
-        stored = dict(deter=deter.half(), stoch=stoch.argmax(-1), action=action)
-        stored = {name: x.cpu().numpy() for name, x in stored.items()}
-        stored["action"] = stored["action"] * ~entry["is_last"][:, None]  # zeros at an end [D24]
+        *state, action = self.carry
+        deter, stoch, action = (x.cpu().numpy() for x in (*stored(*state), action))
+        action = action * ~entry["is_last"][:, None]  # zeros at an end [D24]
         self.finish_update()  # before the ring moves on
-        self.replay.add(entry | stored)
+        self.replay.add(entry | dict(deter=deter, stoch=stoch, action=action))
         self.step += self.args.num_envs
         if len(self.replay) >= self.starts_needed:  # [D22]
             while self.credit >= 1:
                 self.train()
                 self.credit -= 1
             self.credit += self.args.num_envs * self.updates_per_step
-        return self.envs.step(stored["action"])
+        return self.envs.step(action)
 
     def train(self):
         """One update. A GPU may still be busy with it when this returns: see `finish_update`."""
@@ -1634,36 +1543,15 @@ class Trainer:
     def finish_update(self):
         """Wait for the latest update and put the states that it computed into the replay.
 
-        Raises UserError if it was not finite: its states would spoil the replay, and its networks
-        the checkpoint.
+        Raises UserError if it was not finite: it would spoil the replay and the checkpoint.
         """
         if self.pending:
-            losses = [name for name in self.metrics if name.startswith("losses/")]
-            bad = [name for name in losses if not math.isfinite(self.metrics[name])]
-            if bad:
+            losses = {name: x for name, x in self.metrics.items() if name.startswith("losses/")}
+            if bad := [name for name, x in losses.items() if not math.isfinite(x)]:
                 raise UserError(f"update {self.updates} was not finite: {', '.join(bad)}")
             index, latents = self.pending
             self.replay.write_latents(index, *(x.cpu().numpy() for x in latents))
             self.pending = None
-
-    def state_dict(self):
-        """All that a resumed run needs beside the replay's file. Raises as `finish_update`."""
-        self.finish_update()
-        state = {"agent": self.agent.state_dict(), "replay": self.replay.state_dict()}
-        state["random"] = torch.get_rng_state()
-        if self.agent.device.type == "cuda":
-            state["random_cuda"] = torch.cuda.get_rng_state(self.agent.device)
-        return state | {name: getattr(self, name) for name in self.counters}
-
-    def load_state_dict(self, state):
-        """Take over a `state_dict`. Raises UserError if it does not fit."""
-        self.agent.load_state_dict(state["agent"])
-        self.replay.load_state_dict(state["replay"])
-        for name in self.counters:
-            setattr(self, name, state[name])
-        torch.set_rng_state(state["random"])
-        if self.agent.device.type == "cuda" and "random_cuda" in state:
-            torch.cuda.set_rng_state(state["random_cuda"], self.agent.device)
 
 
 def evaluate(agent, args, episodes, video=None, stop=()):
@@ -1691,24 +1579,24 @@ def evaluate(agent, args, episodes, video=None, stop=()):
 
 def summary(returns):
     """Mean, standard error and range of returns as text."""
-    error = returns.std(ddof=min(1, len(returns) - 1)) / len(returns) ** 0.5
-    text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error)"
-    return f"{text}, min {returns.min():.1f}, max {returns.max():.1f}, {len(returns)} episodes"
+    error = returns.std() / max(1, len(returns) - 1) ** 0.5
+    text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error), min {returns.min():.1f}"
+    return f"{text}, max {returns.max():.1f}, {len(returns)} episodes"
 
 
-def evaluate_checkpoint(args, device):
+def evaluate_checkpoint(args, device, stop):
     """--evaluate: play with a checkpoint's networks in its environment. Gives the returns."""
     checkpoint = load_checkpoint(args.evaluate)
     kept = "evaluate eval_episodes eval_sample capture_video seed cuda cudagraphs".split()
     args = replace(checkpoint["args"], compile=False, **{k: getattr(args, k) for k in kept})
-    envs = Environments(args, 1, args.seed)  # only for its spaces
-    envs.close()
-    agent = Agent(args, envs.spaces, device)
+    agent = Agent(args, Spaces(*checkpoint["agent"]["spaces"]), device)
     agent.load_state_dict(checkpoint["agent"])
-    returns = evaluate(agent, args, args.eval_episodes)
-    print(f"{args.env_id} after {checkpoint['step']:,} agent steps: {summary(returns)}")
+    returns = evaluate(agent, args, args.eval_episodes, stop=stop)
+    if len(returns):
+        print(f"{args.env_id} after {checkpoint['step']:,} agent steps: {summary(returns)}")
     if args.capture_video:
-        evaluate(agent, args, 1, Path(args.evaluate).parent / f"videos/step_{checkpoint['step']}")
+        folder = Path(args.evaluate).parent / f"videos/step_{checkpoint['step']}"
+        evaluate(agent, args, 1, folder, stop)
     return returns
 
 
@@ -1720,8 +1608,7 @@ def open_loop(model, steps, seen):
     From then on the prior takes the posterior's place, with the recorded actions. steps as in
     `Agent.loss`. Returns reconstructions as of `Decoder.forward`: dict of (B, T, ...).
     """
-    start = (steps[name] for name in ("prev_action", "is_first", "deter", "stoch"))
-    deter, stoch, _ = model.rssm.observe(model.encoder(steps), *start)
+    deter, stoch, _ = model.observe(steps)
     states = list(zip(deter[:, :seen].unbind(1), stoch[:, :seen].unbind(1), strict=True))
     layers = model.rssm.layers()
     for t in range(seen, deter.shape[1]):
@@ -1730,14 +1617,13 @@ def open_loop(model, steps, seen):
 
 
 def report(trainer, path):
-    """What the model predicts for the latest batch: metrics, and a picture (h, w, 3).
+    """What the model, seeing half of the latest batch, predicts for the other half.
 
-    It sees the first half. The metrics are the losses of each observation in the second half. The
-    picture, of the first image, is written to the `path`; without images there is none.
+    Returns the losses of each observation there as metrics, and a picture (h, w, 3) of the first
+    image, which is also written to `path`; None without images.
     """
     trainer.finish_update()
-    agent, seen = trainer.agent, trainer.args.batch_length // 2
-    steps = agent.after_context(trainer.batch)
+    agent, steps, seen = trainer.agent, trainer.batch, trainer.args.batch_length // 2
     with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         recon = open_loop(agent.model, steps, seen)  # the run goes on undisturbed
     losses = agent.model.decoder.losses(recon, steps)
@@ -1756,10 +1642,9 @@ def film_strip(truth, prediction, seen, count=4, columns=16):
     """Images (B, T, h, w, C) in [0, 1] of some steps as one picture (h, w, 3) uint8.
 
     Truth, prediction and error stand below each other. A white line divides what the model sees
-    from what it dreams. The last three channels are taken for colours if their number is divisible
-    by three, otherwise the last one for grey.
+    from what it dreams.
     """
-    channels = 1 if truth.shape[-1] % 3 else 3
+    channels = 1 if truth.shape[-1] % 3 else 3  # the last one is grey, or the last three colours
     times = np.linspace(0, truth.shape[1] - 1, columns).round().astype(int)
     truth, prediction = (x[:count, times, ..., -channels:] for x in (truth, prediction))
     rows = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)
@@ -1772,27 +1657,36 @@ def film_strip(truth, prediction, seen, count=4, columns=16):
 def png(image):
     """The bytes of a PNG file of an image (h, w, 3) uint8."""
     h, w, _ = image.shape
-    rows = np.concatenate([np.zeros((h, 1), np.uint8), image.reshape(h, -1)], 1)  # 0: no filter
+    rows = np.insert(image.reshape(h, -1), 0, 0, 1)  # each row begins with 0: no filter
     header = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)  # 8 bits each of red, green and blue
-    data = b"\x89PNG\r\n\x1a\n"
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
-    for kind, content in chunks:
-        check_sum = struct.pack(">I", zlib.crc32(kind + content))
-        data += struct.pack(">I", len(content)) + kind + content + check_sum
-    return data
+    chunks = b"IHDR" + header, b"IDAT" + zlib.compress(rows.tobytes()), b"IEND"
+    number = lambda x: struct.pack(">I", x)
+    chunks = (number(len(chunk) - 4) + chunk + number(zlib.crc32(chunk)) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def save_checkpoint(path, trainer, logger=None):
-    """Write what `load_checkpoint` needs. Raises UserError, and leaves what was there.
+    """Write all that a resumed run needs beside the replay's file. Raises UserError.
 
-    First to a temporary file, then in place in one step: a run that is killed leaves the old
-    checkpoint or the new one, never half of one. What a broken update left is not saved.
+    The file appears in one step: a run that is killed leaves the old checkpoint or the new one,
+    never half of one. What a broken update left is not saved.
     """
-    state = trainer.state_dict() | {"logger": logger and logger.state_dict(trainer.step)}
+    trainer.finish_update()
+    cuda = trainer.agent.device.type == "cuda"
+    state = {
+        "args": asdict(trainer.args),
+        "agent": trainer.agent.state_dict(),
+        "online": trainer.replay.online,
+        "size": os.fstat(logger.file.fileno()).st_size if logger else 0,
+        "seconds": time.time() - logger.began if logger else 0.0,
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state(trainer.agent.device) if cuda else None,
+    }
+    state |= {name: getattr(trainer, name) for name in trainer.counters}
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"args": asdict(trainer.args)} | state, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1807,8 +1701,8 @@ def load_checkpoint(path):
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of foreign pickles
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := {"agent", "replay", "random", "logger", *Trainer.counters} - {*checkpoint}:
-            raise KeyError(missing)
+        needed = {"agent", "online", "size", "seconds", "random", "random_cuda", *Trainer.counters}
+        assert needed <= checkpoint.keys()
         return checkpoint | {"args": Args(**checkpoint["args"])}
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
@@ -1825,25 +1719,23 @@ def check_args(args):
     huge = 2**62  # not infinity, which would overflow later
     one_batch = (args.batch_size + args.num_envs) * args.batch_length
     limits = {
-        (1, huge): """action_repeat total_timesteps num_envs batch_size log_every save_every
-            stoch blocks deter hidden depth units imag_horizon""",
-        (0, huge): """eval_every eval_episodes report_every train_ratio free_nats beta_pred
-            beta_dyn beta_rep ent_coef beta_val beta_repval slow_reg learning_rate warmup_updates
-            agc_clip""",
-        (0, 1): "gamma return_lambda unimix actor_unimix tau return_rate",
-        (0, 0.9999): "beta1 beta2",
-        (1e-30, 1): "laprop_eps",
-        (2, 256): "classes",
-        (2, huge): "batch_length",
-        (one_batch, huge): "buffer_size",
-        (0, 2**31): "seed",
+        "action_repeat total_timesteps num_envs batch_size log_every save_every": (1, huge),
+        "stoch blocks deter hidden depth units imag_horizon": (1, huge),
+        "gamma return_lambda unimix actor_unimix tau return_rate": (0, 1),
+        "beta1 beta2": (0, 0.9999),
+        "laprop_eps": (1e-30, 1),
+        "classes": (2, 256),
+        "batch_length": (2, huge),
+        "buffer_size": (one_batch, huge),
+        "seed": (0, 2**31),
     }
+    limits = {name: pair for names, pair in limits.items() for name in names.split()}
     values = asdict(args) | args.network()
-    for (least, most), names in limits.items():
-        for name in names.split():
-            if not least <= values[name] <= most:  # nor may it be nan
-                text = f"at least {least}" if most == huge else f"in [{least}, {most}]"
-                raise UserError(f"--{name} must be {text}, not {values[name]}".replace("_", "-"))
+    for name, value in values.items():
+        least, most = limits.get(name, (0, huge))
+        if type(value) in (int, float) and not least <= value <= most:  # nor may it be nan
+            text = f"at least {least}" if most == huge else f"in [{least}, {most}]"
+            raise UserError(f"--{name} must be {text}, not {value}".replace("_", "-"))
     deter = values["deter"]
     if deter % args.blocks or deter % 8:
         raise UserError(f"--deter {deter} must be divisible by 8 and --blocks {args.blocks}")
@@ -1853,8 +1745,7 @@ def check_args(args):
         raise UserError("--evaluate and --resume need a path, and cannot go together")
     if args.evaluate and not args.eval_episodes:
         raise UserError("--evaluate needs --eval-episodes of at least 1")
-    packages = ["wandb", "tensorboard"] * args.track + ["moviepy"] * args.capture_video
-    for package in packages:
+    for package in ["wandb", "tensorboard"] * args.track + ["moviepy"] * args.capture_video:
         import_optional(package, package)
 
 
@@ -1880,9 +1771,9 @@ FREE_TO_CHANGE = """
 
 def open_run(args, device, dtype):
     """The folder, Trainer and Logger of a new run, or of the one to --resume. Raises UserError."""
-    checkpoint, seed = None, args.seed
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.resume or Path(args.run_dir) / re.sub(r"[^\w.-]+", "-", name))
+    checkpoint, seed = None, args.seed
     if args.resume:
         checkpoint = load_checkpoint(folder / "checkpoint.pt")
         for name, old in asdict(checkpoint["args"]).items():
@@ -1897,31 +1788,29 @@ def open_run(args, device, dtype):
         raise UserError(f"cannot make networks of this size: {first_line(error)}") from error
     if checkpoint:
         trainer = Trainer(args, envs, agent, folder, checkpoint)
-    else:  # a run appears with a checkpoint inside: whatever is there can be resumed
-        new = folder.with_name(f"{folder.name}.new")
-        new.mkdir(parents=True)
-        try:
+        logger = Logger(args, folder, trainer.step, checkpoint["size"], checkpoint["seconds"])
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            new = Path(aside) / "run"  # appears in its place with a checkpoint inside
+            new.mkdir()
             trainer = Trainer(args, envs, agent, new)
             save_checkpoint(new / "checkpoint.pt", trainer)
             new.rename(folder)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        trainer.replay.path = folder / "replay.bin"
-    logger = Logger(args, folder, checkpoint and checkpoint["logger"])
+        logger = Logger(args, folder)
+    size, room = sum(p.numel() for p in agent.params), trainer.replay.data.nbytes / 1e9
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    after = f", resumed after step {trainer.step:,}" if checkpoint else ""
     print(f"environment  {args.env_id} x {args.num_envs}: {envs.spaces}")
-    print(f"networks     {sum(p.numel() for p in agent.params):,} parameters on {gpu}, {dtype}")
-    print(f"replay       {trainer.replay.data.nbytes / 1e9:.2f} GB in {trainer.replay.path}")
+    print(f"networks     {size:,} parameters on {gpu}, {dtype}")
     print(f"schedule     {trainer.updates_per_step:.3g} updates per agent step")
-    after = f", resumed after step {trainer.step:,}" if trainer.step else ""
-    print(f"run          {folder}{after}", flush=True)
+    print(f"run          {folder}, {room:.2f} GB of replay{after}", flush=True)
     return folder, trainer, logger
 
 
-def passed(every, before, now):
-    """Whether a multiple of `every` agent steps lies in (before, now]; never if `every` is 0."""
-    return every and now // every > before // every
+def is_due(every, step, num_envs):
+    """Whether the last step of `num_envs` passed a multiple of `every`; never if that is 0."""
+    return every and step % every < num_envs
 
 
 def main(args, stop=()):
@@ -1934,17 +1823,16 @@ def main(args, stop=()):
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
-        return evaluate_checkpoint(args, device)
+        return evaluate_checkpoint(args, device, stop)
     if args.capture_video:  # fail now rather than at the first evaluation
         with tempfile.TemporaryDirectory() as videos:
             Environments(args, 1, args.seed, videos).close()
     folder, trainer, logger = open_run(args, device, dtype)
-    agent, step, returns = trainer.agent, trainer.step, None
-    before = step
+    agent, step, n, returns = trainer.agent, trainer.step, args.num_envs, None
     try:
         while not stop:
             finished = step >= args.total_timesteps
-            due = finished or passed(args.eval_every, trainer.evaluated, step)
+            due = finished or is_due(args.eval_every, step, n)
             if args.eval_episodes and due and step > trainer.evaluated:
                 returns = evaluate(agent, args, args.eval_episodes, stop=stop)
                 if stop:
@@ -1955,23 +1843,23 @@ def main(args, stop=()):
                 logger.show(f"step {step:,}  evaluation: {summary(returns)}")
                 if args.capture_video:
                     evaluate(agent, args, 1, folder / f"videos/step_{step}", stop)
-            if passed(args.save_every, before, step):  # last, to keep the lines logged above
+            if is_due(args.save_every, step, n):  # last, to keep the lines logged above
                 save_checkpoint(folder / "checkpoint.pt", trainer, logger)
             if finished:
                 break
 
-            before, episodes = step, trainer.collect_and_train()
+            episodes = trainer.collect_and_train()
             step = trainer.step
             for _, episode_return, length in episodes:
                 logger.returns.append(episode_return)
                 metrics = {"charts/episodic_return": episode_return}
                 logger.write(step, metrics | {"charts/episodic_length": length})
             logger.status(step, trainer.updates)
-            if trainer.updates and passed(args.log_every, before, step):
+            if trainer.updates and is_due(args.log_every, step, n):
                 speed = {"charts/SPS": logger.rates[0], "charts/UPS": logger.rates[1]}
                 logger.write(step, trainer.metrics | speed | {"charts/updates": trainer.updates})
             final = args.report_every and step >= args.total_timesteps
-            if trainer.batch and (final or passed(args.report_every, before, step)):
+            if trainer.batch and (final or is_due(args.report_every, step, n)):
                 metrics, picture = report(trainer, folder / f"dreams/step_{step}.png")
                 logger.write(step, metrics, picture)
     finally:
@@ -1997,10 +1885,10 @@ def parse(default=None):
         raise
 
 
-def fail(message):
+def fail(message, status=2):
     """Say in one line what the user can put right, and leave."""
     print("dreamer_v3.py: error:", *str(message).split(), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def cli():
@@ -2009,28 +1897,21 @@ def cli():
 
     def on_signal(number, frame):
         """Ask the loop to end; the second time, end the process."""
-        if multiprocessing.parent_process():  # of --async-envs: the main process answers Ctrl-C
-            if number == signal.SIGTERM:
-                os._exit(0)
-            return
-        if stop:
+        worker = multiprocessing.parent_process()  # of --async-envs: leaves Ctrl-C to the main one
+        if stop or worker and number == signal.SIGTERM:
             os._exit(128 + number)
-        stop.append(number)
-        os.write(2, b"\nstopping after this step; once more, and it stops at once\n")
+        if not worker:
+            stop.append(number)
+            os.write(2, b"\nstopping after this step; once more, and it stops at once\n")
 
-    if not args.evaluate:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     try:
         if args.resume and not args.evaluate:  # other flags are the run's
             args = parse(load_checkpoint(Path(args.resume) / "checkpoint.pt")["args"])
         main(args, stop)
     except (UserError, OSError, MemoryError) as error:
-        if not stop:
-            fail(error)
-        print("dreamer_v3.py:", *str(error).split(), file=sys.stderr)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        fail(error, 128 + stop[0] if stop else 2)
     if stop:
         sys.exit(128 + stop[0])
 
