@@ -36,6 +36,7 @@ import contextlib
 import copy
 import ctypes
 import datetime
+import functools
 import importlib
 import io
 import json
@@ -72,10 +73,27 @@ SIZES = {
 }  # fmt: skip
 
 
+# Flags of --preset: small tasks on a CPU, and the benchmarks of the paper. Explicit flags win.
+DMC = dict(env_id="shimmy:dm_control/walker-walk-v0", action_repeat=2, num_envs=16, train_ratio=512)
+PRESETS = {
+    "cpu": dict(size="1m", num_envs=4, total_timesteps=10_000, train_ratio=256, learning_rate=5e-4,
+        gamma=0.99, warmup_updates=200, beta_pred=10, eval_every=1_000, eval_episodes=20),
+    "atari100k": dict(total_timesteps=100_000, num_envs=1, train_ratio=128,
+        env_kwargs='{"repeat_action_probability": 0.0}'),
+    "atari": dict(total_timesteps=50_000_000, num_envs=16, train_ratio=32,
+        env_kwargs='{"full_action_space": true}'),
+    "dmc_proprio": DMC | dict(total_timesteps=250_000),
+    "dmc_vision": DMC | dict(total_timesteps=500_000, pixels=True),
+    "crafter": dict(env_id="crafter_env:Crafter-v0", total_timesteps=1_000_000, train_ratio=512),
+}  # fmt: skip
+
+
 @dataclass
 class Args:
     """Hyperparameters; the comments are the help of the command line."""
 
+    # Flags for a benchmark or for small tasks on a CPU; `--preset NAME --help` shows them.
+    preset: Literal[*PRESETS] | None = None
     exp_name: str = "dreamer_v3"  # Name of the experiment, part of the run folder's name.
     seed: int = 1  # Seed of environments, networks, sampling and replay.
     torch_deterministic: bool = False  # Prefer deterministic torch kernels; they are slower.
@@ -89,17 +107,18 @@ class Args:
     wandb_project_name: str = "dreamer_v3"  # Project of Weights & Biases.
     wandb_entity: str | None = None  # Team of Weights & Biases; by default your own account.
     capture_video: bool = False  # Record an episode at every evaluation (pip install moviepy).
-    evaluate: str | None = None  # Evaluate this checkpoint.pt instead of training.
-    resume: str | None = None  # Go on with the run in this folder, with its flags.
+    evaluate: str | None = None  # Evaluate this run (its folder or checkpoint.pt), do not train.
+    resume: str | None = None  # Go on with this run (its folder or checkpoint.pt), with its flags.
 
     env_id: str = "ALE/MsPacman-v5"  # Gymnasium id; `module:Name-v0` if a module registers it.
-    # Options of the environment, a JSON object: '{"repeat_action_probability": 0.0}'.
+    # Its options as JSON: '{"frameskip": 8}', in the command line of Windows "{\"frameskip\": 8}".
     env_kwargs: str = "{}"
+    pixels: bool = False  # Observe the rendered picture instead of what the environment gives.
     action_repeat: int = 1  # Environment frames per agent step; Atari has its own frameskip.
-    total_timesteps: int = 100_000  # Agent steps to train for, over all environments.
     num_envs: int = 1  # Environments stepped together.
     async_envs: bool = False  # Each environment in its own process (Atari: always in threads).
 
+    total_timesteps: int = 100_000  # Agent steps to train for, over all environments.
     buffer_size: int = 5_000_000  # Capacity of the replay in agent steps.
     batch_size: int = 16  # Sequences in a batch (B).
     batch_length: int = 64  # Agent steps in a sequence (T); one more before them is context.
@@ -108,12 +127,12 @@ class Args:
     eval_every: int = 25_000  # Agent steps between evaluations; 0: only one, at the end.
     eval_episodes: int = 10  # Episodes of an evaluation; 0: never evaluate.
     eval_sample: bool = False  # Evaluate with sampled actions instead of the most likely ones.
-    log_every: int = 1_000  # Agent steps between two lines of training metrics.
-    save_every: int = 10_000  # Agent steps between checkpoints.
-    report_every: int = 10_000  # Agent steps between pictures of predictions; 0: never.
+    log_every: int = 250  # Agent steps between two lines of training metrics.
+    save_every: int = 2_500  # Agent steps between checkpoints.
+    report_every: int = 2_500  # Agent steps between pictures of predictions; 0: never.
 
     # Network size of the paper's table. Each of the next five flags changes one number of it.
-    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
+    size: Literal[*SIZES] = "12m"
     deter: int | None = None  # Width of the recurrent state (D).
     hidden: int | None = None  # Width of the hidden layers of the RSSM.
     classes: int | None = None  # Classes of each latent variable (K).
@@ -121,13 +140,13 @@ class Args:
     units: int | None = None  # Width of the multilayer perceptrons of vectors and heads (U).
     stoch: int = 32  # Latent variables (S).
     blocks: int = 8  # Blocks of the recurrent weights (G); G and 8 must divide deter.
+
     # Free bits: the KL, summed over latents, is clamped to at least this at every step, in nats.
     free_nats: float = 1.0
     unimix: float = 0.01  # Fraction of uniform probability mixed into every latent categorical.
     beta_pred: float = 1.0  # Weight of the prediction losses: decoder, reward, continue.
     beta_dyn: float = 1.0  # Weight of the dynamics loss.
     beta_rep: float = 0.1  # Weight of the representation loss.
-
     imag_horizon: int = 15  # Steps of imagination from every replayed state (H).
     gamma: float = 1 - 1 / 333  # Discount for one agent step.
     return_lambda: float = 0.95  # Lambda of the returns: 0 trusts the critic after one step.
@@ -1025,8 +1044,10 @@ class Agent:
         # Every agent of a process counts against this limit, beyond which nothing is compiled.
         torch._dynamo.config.recompile_limit = 1000
         model, rssm = self.model, self.model.rssm
-        pieces = (model.encoder, "forward"), (model.decoder, "forward"), (rssm, "observe_step")
-        for owner, name in *pieces, (model, "imagine_step"), (self, "behaviour_loss"):
+        pieces = [(rssm, "observe_step"), (model, "imagine_step"), (self, "behaviour_loss")]
+        if self.spaces.images:
+            pieces += [(model.encoder, "forward"), (model.decoder, "forward")]
+        for owner, name in pieces:
             setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
 
     def initial(self, num_envs):
@@ -1220,6 +1241,8 @@ class Replay:
 
 # ---- 12. Environments ----------------------------------------------------------------------------
 
+tell = functools.cache(print)  # says the same thing once
+
 
 def make_envs(args, num_envs, video=None):
     """Gymnasium vector environment with NEXT_STEP autoreset; `video`: folder to record in, or None.
@@ -1231,9 +1254,14 @@ def make_envs(args, num_envs, video=None):
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"--env-kwargs must be a JSON object, not {args.env_kwargs}") from error
     gym.logger.min_level = 50  # silent: what matters is raised
+    warnings.filterwarnings("ignore", module="gymnasium")
     wrappers, atari = [], args.env_id.split(":")[-1].startswith("ALE/")
     if atari:
         import_optional("ale_py", "gymnasium[atari]")  # registers its environments
+        if kwargs.get("stack_num", 1) < 1:  # ale-py would wait forever
+            raise UserError(
+                f"--env-kwargs: stack_num must be at least 1, not {kwargs['stack_num']}"
+            )
     if video:
         kwargs["render_mode"] = "rgb_array"
         record = dict(video_folder=str(video), episode_trigger=lambda episode: True)
@@ -1245,6 +1273,9 @@ def make_envs(args, num_envs, video=None):
         kwargs = defaults | dict(use_fire_reset=False, reward_clipping=False) | kwargs
     if args.action_repeat > 1:
         wrappers.append(lambda env: gym.wrappers.RepeatAction(env, args.action_repeat))
+    if args.pixels and not atari:
+        kwargs["render_mode"] = "rgb_array"
+        wrappers.append(gym.wrappers.AddRenderObservation)
     mode, options = ("async", {"shared_memory": False}) if args.async_envs else ("sync", {})
     if atari and not video or mode == "sync" and not wrappers:
         mode, options = None, {}  # the environment's own vector version, if it has one
@@ -1308,6 +1339,9 @@ def encode(space, value, name="obs"):
         parts = [encode(inner, value[key], f"{name}/{key}") for key, inner in items]
         return sorted(sum(parts, []), key=operator.itemgetter(0))
     is_box, classes = isinstance(space, gym.spaces.Box), discrete_classes(space)
+    if not (is_box or classes) and isinstance(space.sample(), str):
+        tell(f"{name} is text, which is left out")
+        return []
     if 0 in (space.shape or ()) or not (is_box or classes):
         raise UserError(f"{name}: cannot encode the space {space}")
     if is_box and space.dtype == np.uint8 and 2 <= len(space.shape) <= 4:
@@ -1332,6 +1366,8 @@ class Environments:
             raise UserError(f"actions of the space {self.action_space} are not supported")
         parts = encode(self.envs.single_observation_space, self.envs.observation_space.sample())
         names = [name for name, _, _ in parts]
+        if not names:
+            raise UserError(f"nothing to observe in {self.envs.single_observation_space}")
         if len(set(names)) < len(names):
             raise UserError(f"two observations have the same name: {', '.join(names)}")
         images = tuple((name, x.shape[-1]) for name, _, x in parts if x.ndim == 4)
@@ -1340,7 +1376,7 @@ class Environments:
 
     def reset(self):
         """Begin an episode in every environment."""
-        n = self.num_envs
+        self.steps, n = 0, self.num_envs
         self.returns, self.lengths, zeros = np.zeros(n), np.zeros(n, int), np.zeros(n, bool)
         with self.faults():
             self.arrive(self.envs.reset(seed=self.seed)[0], zeros, ~zeros, zeros, zeros)
@@ -1459,7 +1495,9 @@ class Logger:
             return
         self.marks.append((now, step, updates))
         seconds, steps, trained = np.subtract(self.marks[-1], self.marks[0])
-        self.rates = steps / (seconds or 1), trained / (seconds or 1)
+        if not steps:
+            return
+        self.rates = steps / seconds, trained / seconds
         text = f"step {step:,}/{self.total:,}  {self.rates[0]:.1f} steps/s"
         if trained:  # before the first updates, the speed says nothing
             left = datetime.timedelta(seconds=int((self.total - step) / self.rates[0]))
@@ -1584,19 +1622,53 @@ def summary(returns):
     return f"{text}, max {returns.max():.1f}, {len(returns)} episodes"
 
 
+class Player:
+    """A trained agent as a policy: most likely actions, or samples if not `greedy`.
+
+        player = Player("runs/RUN")  # or a checkpoint.pt
+        action = player(observation, first=True)  # `first` where an episode begins
+
+    It remembers what it has seen: take one Player for one stream. changes: other Args than the
+    run's. Raises UserError as `load_checkpoint`.
+    """
+
+    def __init__(self, path, greedy=True, device="cpu", **changes):
+        self.checkpoint, self.greedy, self.carry = load_checkpoint(path), greedy, None
+        self.args = replace(self.checkpoint["args"], compile=False, **changes)
+        self.envs = Environments(self.args, 1, 0)  # for its spaces
+        self.envs.close()
+        self.agent = Agent(self.args, self.envs.spaces, device)
+        self.agent.load_state_dict(self.checkpoint["agent"])
+
+    def __call__(self, observation, first=False):
+        """The action for an observation; n actions for n of them (in every array) with n flags."""
+        batched, is_first = np.ndim(first) > 0, np.atleast_1d(first)
+        if not batched:
+            observation = tree_map(lambda x: np.asarray(x)[None], observation)
+        parts = encode(self.envs.envs.single_observation_space, observation)
+        obs = {name: x for name, _, x in parts} | {"is_first": is_first}
+        carry = self.carry or self.agent.initial(len(is_first))
+        self.carry = self.agent.act(to_device(obs, self.agent.device), carry, self.greedy)
+        actions = self.envs.decode_action(self.carry[-1].cpu().numpy())
+        return actions if batched else actions[0]
+
+
 def evaluate_checkpoint(args, device, stop):
-    """--evaluate: play with a checkpoint's networks in its environment. Gives the returns."""
-    checkpoint = load_checkpoint(args.evaluate)
+    """--evaluate: play with a run's networks in its environment. Gives the returns."""
     kept = "evaluate eval_episodes eval_sample capture_video seed cuda cudagraphs".split()
-    args = replace(checkpoint["args"], compile=False, **{k: getattr(args, k) for k in kept})
-    agent = Agent(args, Spaces(*checkpoint["agent"]["spaces"]), device)
-    agent.load_state_dict(checkpoint["agent"])
-    returns = evaluate(agent, args, args.eval_episodes, stop=stop)
+    for name, value in asdict(args).items():
+        if name not in kept and value != getattr(Args, name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--evaluate takes --{flag} from the run: leave it out")
+    player = Player(args.evaluate, device=device, **{name: getattr(args, name) for name in kept})
+    args, checkpoint = player.args, player.checkpoint
+    returns = evaluate(player.agent, args, args.eval_episodes, stop=stop)
     if len(returns):
         print(f"{args.env_id} after {checkpoint['step']:,} agent steps: {summary(returns)}")
     if args.capture_video:
-        folder = Path(args.evaluate).parent / f"videos/step_{checkpoint['step']}"
-        evaluate(agent, args, 1, folder, stop)
+        videos = checkpoint["folder"] / f"videos/step_{checkpoint['step']}"
+        evaluate(player.agent, args, 1, videos, stop)
+        print(f"video in {videos}")
     return returns
 
 
@@ -1697,13 +1769,17 @@ def save_checkpoint(path, trainer, logger=None):
 
 
 def load_checkpoint(path):
-    """The dict of `save_checkpoint`, on the CPU. Executes no code from it. Raises UserError."""
+    """What `save_checkpoint` wrote, on the CPU; path: a run's folder or the file itself.
+
+    Executes no code from it. Raises UserError if it cannot be read.
+    """
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of foreign pickles
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = {"agent", "online", "size", "seconds", "random", "random_cuda", *Trainer.counters}
         assert needed <= checkpoint.keys()
-        return checkpoint | {"args": Args(**checkpoint["args"])}
+        return checkpoint | {"args": Args(**checkpoint["args"]), "folder": path.parent}
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:
@@ -1772,10 +1848,11 @@ FREE_TO_CHANGE = """
 def open_run(args, device, dtype):
     """The folder, Trainer and Logger of a new run, or of the one to --resume. Raises UserError."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.resume or Path(args.run_dir) / re.sub(r"[^\w.-]+", "-", name))
+    folder = Path(args.run_dir) / re.sub(r"[^\w.-]+", "-", name)
     checkpoint, seed = None, args.seed
     if args.resume:
-        checkpoint = load_checkpoint(folder / "checkpoint.pt")
+        checkpoint = load_checkpoint(args.resume)
+        folder = checkpoint["folder"]
         for name, old in asdict(checkpoint["args"]).items():
             if name not in FREE_TO_CHANGE and getattr(args, name) != old:
                 flag = name.replace("_", "-")
@@ -1790,6 +1867,8 @@ def open_run(args, device, dtype):
         trainer = Trainer(args, envs, agent, folder, checkpoint)
         logger = Logger(args, folder, trainer.step, checkpoint["size"], checkpoint["seconds"])
     else:
+        envs.reset()
+        envs.step(np.zeros((args.num_envs, envs.spaces.action_width)))  # fail now, without a folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
             new = Path(aside) / "run"  # appears in its place with a checkpoint inside
@@ -1801,6 +1880,10 @@ def open_run(args, device, dtype):
     size, room = sum(p.numel() for p in agent.params), trainer.replay.data.nbytes / 1e9
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     after = f", resumed after step {trainer.step:,}" if checkpoint else ""
+    changed = {k.replace("_", "-"): v for k, v in asdict(args).items() if v != getattr(Args, k)}
+    switch = lambda k, v: f"--{k}" if v else f"--no-{k}"
+    words = (switch(k, v) if isinstance(v, bool) else f"--{k} {v}" for k, v in changed.items())
+    print("flags       ", *words)
     print(f"environment  {args.env_id} x {args.num_envs}: {envs.spaces}")
     print(f"networks     {size:,} parameters on {gpu}, {dtype}")
     print(f"schedule     {trainer.updates_per_step:.3g} updates per agent step")
@@ -1872,16 +1955,28 @@ def main(args, stop=()):
     return returns
 
 
+# First flag of each group of --help.
+GROUPS = dict(exp_name="run", env_id="environment", total_timesteps="schedule", size="network")
+GROUPS |= dict(free_nats="loss", learning_rate="optimizer")
+
+
 def parse(default=None):
     """The command line as Args. An error prints one line and exits with status 2."""
-    message = io.StringIO()
+    preset = re.search(r"--preset[= ](\w+)", " ".join(sys.argv))
+    if not default and preset and preset[1] in PRESETS:
+        default = Args(preset=preset[1], **PRESETS[preset[1]])
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             return tyro.cli(Args, description=__doc__.split("\n\n")[0], default=default)
     except SystemExit as done:
-        if done.code:  # tyro's message is in a box, with advice below a line
-            text = re.split("─{9,} │|For full helptext", message.getvalue().split("╮", 1)[-1])[0]
-            fail(re.sub("[│─]", " ", text))
+        text = output.getvalue()
+        if done.code:  # tyro prints a title, a line, the message, a line, and advice
+            fail(re.split("-{9,}", text)[1])
+        for name, group in GROUPS.items():
+            flag = f"  --{name} ".replace("_", "-")
+            text = text.replace(f"\n{flag}", f"\n\n {group}\n {'-' * 78}\n{flag}")
+        print(text, end="")
         raise
 
 
@@ -1893,6 +1988,7 @@ def fail(message, status=2):
 
 def cli():
     """The command line."""
+    sys.path.append(os.getcwd())  # where module:Name-v0 is looked for, too
     args, stop = parse(), []
 
     def on_signal(number, frame):
@@ -1908,7 +2004,7 @@ def cli():
         signal.signal(number, on_signal)
     try:
         if args.resume and not args.evaluate:  # other flags are the run's
-            args = parse(load_checkpoint(Path(args.resume) / "checkpoint.pt")["args"])
+            args = parse(load_checkpoint(args.resume)["args"])
         main(args, stop)
     except (UserError, OSError, MemoryError) as error:
         fail(error, 128 + stop[0] if stop else 2)
