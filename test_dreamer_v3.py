@@ -53,6 +53,7 @@ from dreamer_v3 import Agent, Args, Dreamer, Replay, Spaces, UserError
 
 HERE = Path(dreamer_v3.__file__).parent
 README, SOURCE = (HERE / "README.md").read_text(), (HERE / "dreamer_v3.py").read_text()
+ENVIRONMENTS = (HERE / "docs/environments.md").read_text()
 
 torch.set_num_threads(1)
 # float64 against float64: only the order of the sums differs.
@@ -1137,8 +1138,8 @@ def test_every_argument_is_read():
     """Group C: a field of Args that nothing reads is a broken promise."""
     nodes = ast.walk(ast.parse(SOURCE))
     loads = (x for x in nodes if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Load))
-    sizes = set(Args().network())  # read together by getattr
-    assert {field.name for field in fields(Args)} <= {x.attr for x in loads} | sizes
+    others = {*Args().network(), "preset"}  # read by getattr; read by `parse`
+    assert {field.name for field in fields(Args)} <= {x.attr for x in loads} | others
 
 
 MACHINE = ("time", "charts/SPS", "charts/UPS")  # not of the algorithm
@@ -1552,20 +1553,21 @@ def test_damaged_checkpoints(tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"args": {"nonsense": 1}}, tmp_path / "other.pt")
-    names = ["half", "empty", "list", "other", "missing"]
+    (tmp_path / "folder.pt").mkdir()
+    names = ["half", "empty", "list", "other", "missing", "folder"]
     for part in checkpoint:
         torch.save({k: x for k, x in checkpoint.items() if k != part}, tmp_path / f"no {part}.pt")
         names.append(f"no {part}")
-    for name in (*(f"{name}.pt" for name in names), "."):
+    for name in names:
         with pytest.raises(UserError):
-            dreamer_v3.load_checkpoint(tmp_path / name)
+            dreamer_v3.load_checkpoint(tmp_path / f"{name}.pt")
     assert dreamer_v3.load_checkpoint(path)["args"] == agent.args
 
 
-def command(*args):
+def command(*args, cwd=None):
     """Start dreamer_v3.py as a user would."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
     return subprocess.Popen([sys.executable, dreamer_v3.__file__, *args], env=env, **pipes)
 
 
@@ -1581,16 +1583,128 @@ def flags(args):
     return words
 
 
+def test_presets(tmp_path, monkeypatch, capsys):
+    """Group E: a preset sets flags, others win, --help and the start show it, runs keep it."""
+    parse = lambda *words: parse_words(monkeypatch, *words)
+    for name, values in dreamer_v3.PRESETS.items():
+        assert parse("--preset", name) == parse(f"--preset={name}") == Args(preset=name, **values)
+        dreamer_v3.check_args(parse("--preset", name))
+    assert parse("--num-envs", "2", "--preset", "cpu").num_envs == 2
+    with pytest.raises(SystemExit):
+        parse("--preset", "cpu", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Environments stepped together. (default: 4)" in text
+    groups = [text.index(f" {name} ---") for name in dreamer_v3.GROUPS.values()]
+    assert groups == sorted(groups) and len(groups) == 6
+    small = flags(tiny(env_id="CartPole-v1", run_dir=str(tmp_path), eval_every=7))
+    words = ["--preset", "cpu", *small, "--train-ratio", "2"]
+    args = parse(*words)
+    dreamer_v3.main(args)
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("flags"))
+    assert parse(*shlex.split(line)[1:]) == args, "the line can be pasted"
+    (folder,) = tmp_path.iterdir()
+    monkeypatch.setattr(sys, "argv", ["x", "--resume", str(folder), "--total-timesteps", "50"])
+    dreamer_v3.cli()
+    checkpoint = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
+    assert checkpoint["step"] == 52 and checkpoint["args"].preset == "cpu"
+
+
+def test_table_of_presets():
+    """Group G: the column "ours" of docs/benchmarks.md is PRESETS, in environment frames."""
+    table, name = {}, ""
+    for line in (HERE / "docs/benchmarks.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[2][:1].isalnum() and cells[2] != "ours":
+            name = cells[0] or name
+            table[name, cells[1].split(" (")[0]] = cells[2].replace(",", "")
+    assert {name for name, _ in table} == set(dreamer_v3.PRESETS) - {"cpu"}
+    for (name, quantity), text in table.items():
+        args = Args(**dreamer_v3.PRESETS[name])
+        kwargs, sticky = json.loads(args.env_kwargs), "repeat_action_probability"
+        expected = {
+            "agent steps": args.total_timesteps,
+            "environment frames": args.total_timesteps * args.action_repeat,
+            "environments": args.num_envs,
+            "train ratio": int(args.train_ratio),
+            "action repeat": args.action_repeat,
+            "size": args.size,
+            "sticky actions": "no" if kwargs.get(sticky) == 0 else "yes",
+            "all 18 actions": "yes" if kwargs.get("full_action_space") else "no",
+            "picture": "64x64 RGB",
+        }
+        assert text == str(expected[quantity]), (name, quantity)
+
+
+def test_player(tmp_path, most_likely, monkeypatch):
+    """Group E: a Player chooses what `act` does, for one environment and a batch, from a folder."""
+    folder = short_run(dreamer_v3, tmp_path, env_id="CartPole-v1")
+    batch, one = dreamer_v3.Player(folder), dreamer_v3.Player(folder / "checkpoint.pt")
+    agent, carry = batch.agent, batch.agent.initial(3)
+    randomize(agent.model)
+    one.agent.model.load_state_dict(agent.model.state_dict())
+    for step in range(9):
+        obs, first = np.random.randn(3, 4).astype(np.float32), np.full(3, step in (0, 5))
+        first[1] |= step == 3
+        entry = {"obs": torch.tensor(obs), "is_first": torch.tensor(first)}
+        carry = agent.act(entry, carry, greedy=True)
+        expected = carry[-1].argmax(-1).tolist()
+        assert batch(obs, first).tolist() == expected
+        action = one(obs[0], first=bool(first[0]))
+        assert action == expected[0] and gs.Discrete(2).contains(action)
+    monkeypatch.undo()
+    sampler = dreamer_v3.Player(folder, greedy=False)
+    assert {int(sampler(obs[0], True)) for _ in range(50)} == {0, 1}
+
+
+class Painted(gym.Env):
+    """The picture shows the number of the environment's frame."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space, action_space = gs.Box(-1, 1, (2,)), gs.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode, self.t = render_mode, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(2, np.float32), 1.0, False, self.t == 10, {}
+
+    def render(self):
+        return np.full((96, 128, 3), self.t, np.uint8)
+
+
+gym.register("TestPainted-v0", entry_point=Painted)
+
+
+def test_pixels(tmp_path):
+    """Group D: with --pixels the rendered picture, resized, is all that an agent observes."""
+    args = tiny(env_id="TestPainted-v0", pixels=True, action_repeat=2, run_dir=str(tmp_path))
+    envs = dreamer_v3.Environments(args, 2, seed=1)
+    assert envs.spaces == Spaces((("obs", 3),), (), (2,), 2)
+    envs.reset()
+    for t in range(4):
+        assert (envs.entry["obs"] == np.full((2, 64, 64, 3), 2 * t)).all()
+        envs.step(np.eye(2, dtype=np.float32))
+    assert short_run(dreamer_v3, tmp_path, **vars(args)).exists()
+
+
 def test_command_line_trains_and_evaluates(tmp_path):
-    """Group E: train CartPole for a moment, evaluate its checkpoint, and make a mistake."""
-    process = command(*flags(tiny(env_id="CartPole-v1", run_dir=str(tmp_path))))
+    """Group E: train an environment of the current folder, evaluate its run, make a mistake."""
+    (tmp_path / "my_module.py").write_text(page_blocks("python", ENVIRONMENTS)[0])
+    process = command(*flags(tiny(env_id="my_module:MyEnv-v0", run_dir="runs")), cwd=tmp_path)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    (path,) = tmp_path.glob("*/checkpoint.pt")
-    process = command("--evaluate", str(path), "--eval-episodes", "2", "--no-cuda")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert "CartPole-v1 after 40 agent steps: mean" in out and "2 episodes" in out
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    for run in (path, path.parent):
+        words = "--evaluate", str(run), "--eval-episodes", "2", "--no-cuda"
+        process = command(*words, cwd=tmp_path)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert "my_module:MyEnv-v0 after 40 agent steps: mean" in out and "2 episodes" in out
     process = command("--env-id", "NoSuchGame-v3", "--no-cuda", "--run-dir", str(tmp_path / "new"))
     out, err = process.communicate()
     assert process.returncode == 2 and "NoSuchGame" in err and "Traceback" not in err
@@ -1624,6 +1738,12 @@ ERRORS = {
     "wandb is missing": ("pip install 'wandb'", "+ --track"),
     "moviepy is missing": ("pip install 'moviepy'", "+ --capture-video"),
     "nothing to evaluate": ("--eval-episodes", "--evaluate x.pt --eval-episodes 0"),
+    "evaluation of other settings": ("--num-envs", "--evaluate folder --num-envs 3"),
+    "unknown preset": ("--preset", "--preset pong"),
+    "frames of none": ("stack_num", """--env-id ALE/Pong-v5 --env-kwargs '{"stack_num": 0}'"""),
+    "deprecated": ("Taxi-v4", "--env-id Taxi-v3"),
+    "no picture to render": ("render", "--pixels " + CASE.format("vector")),
+    "first step fails": ("simulator broke", "--env-id TestBroken-v0 --run-dir new"),
     "no checkpoint": ("no_such_checkpoint.pt", "--evaluate no_such_checkpoint.pt"),
     "evaluate a folder": ("folder", "--evaluate folder"),
     "evaluate a text": ("file", "--evaluate file"),
@@ -1721,29 +1841,38 @@ def test_learning(tmp_path):
 # ---- G. Documents --------------------------------------------------------------------------------
 
 
-def readme_blocks(language):
-    """The README's blocks of code in a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def page_blocks(language, page=README):
+    """A page's blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def readme_commands():
-    """Every `python dreamer_v3.py ...` of the README, as a list of arguments."""
-    return re.findall(r"python dreamer_v3.py(.*)", "".join(readme_blocks("bash")))
+def page_commands():
+    """Every `python dreamer_v3.py ...` of README.md and docs/."""
+    pages = [README, *(path.read_text() for path in sorted((HERE / "docs").glob("*.md")))]
+    blocks = "".join(block for page in pages for block in page_blocks("bash", page))
+    return re.findall(r"python dreamer_v3.py(.*)", blocks)
 
 
-def test_readme_commands_parse():
-    """The commands of the README, and of the file's docstring, are accepted by the parser."""
-    commands = readme_commands() + re.findall(r"^ +python dreamer_v3.py(.*)", SOURCE, re.MULTILINE)
-    assert len(commands) >= 8
+def parse_words(monkeypatch, *words):
+    """Args of a command line."""
+    monkeypatch.setattr(sys, "argv", ["dreamer_v3.py", *words])
+    return dreamer_v3.parse()
+
+
+def test_commands_parse(monkeypatch):
+    """The commands of the pages, and of the file's docstring, are accepted by the parser."""
+    commands = page_commands() + re.findall(r"^ +python dreamer_v3.py(.*)", SOURCE, re.MULTILINE)
+    assert len(commands) >= 15
     for command in commands:
         words = shlex.split(command, comments=True)
         if "--help" not in words:
-            dreamer_v3.check_args(replace(tyro.cli(Args, args=words), capture_video=False))
+            args = parse_words(monkeypatch, *words)
+            dreamer_v3.check_args(replace(args, capture_video=False))
 
 
 def readme_diff(name, folder):
     """Apply the diff whose first line has the name, to a copy of dreamer_v3.py in the folder."""
-    (diff,) = (block for block in readme_blocks("diff") if name in block)
+    (diff,) = (block for block in page_blocks("diff") if name in block)
     shutil.copy(dreamer_v3.__file__, folder)
     command = ["git", "apply", "-p0", "-"]
     done = subprocess.run(command, input=diff, text=True, capture_output=True, cwd=folder)
@@ -1759,36 +1888,40 @@ def load_module(path, monkeypatch):
     return module
 
 
-COMMANDS = [command for command in readme_commands() if "--help" not in command]
+COMMANDS = [command for command in page_commands() if "--help" not in command]
+NEEDS = {"shimmy": "'shimmy[dm-control]' 'mujoco<4'", "crafter": "crafter", "minigrid": "minigrid"}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
-def test_readme_commands_run(command, tmp_path, monkeypatch, capsys):
-    """Every command of the README does what it says: as it stands, only shorter and smaller."""
+def test_commands_run(command, tmp_path, monkeypatch, capsys):
+    """Every command of the pages does what it says: as it stands, only shorter and smaller."""
     short = TINY | dict(run_dir=str(tmp_path), eval_episodes=1, batch_size=2, batch_length=4)
     short |= dict(total_timesteps=24, buffer_size=1000, eval_every=20, report_every=20, log_every=4)
     words = shlex.split(command, comments=True)
     if "RUN" in command:
         folder = short_run(dreamer_v3, tmp_path, env_id="CartPole-v1", total_timesteps=20)
         words = [word.replace("runs/RUN", str(folder)) for word in words]
-    args = tyro.cli(Args, args=words)
-    if "shimmy" in args.env_id:
-        pytest.importorskip("shimmy", reason="pip install 'shimmy[dm-control]' 'mujoco<4'")
+    args = parse_words(monkeypatch, *words)
+    for module in NEEDS:
+        if module in args.env_id:
+            pytest.importorskip(module, reason=f"pip install {NEEDS[module]}")
     if args.capture_video and not importlib.util.find_spec("moviepy"):
         with pytest.raises(UserError, match="pip install 'moviepy'"):
             dreamer_v3.main(args)
         args = replace(args, capture_video=False)
-    if args.env_id.startswith("my_module"):
-        readme_diff("my_module", tmp_path)
+    modules = {"my_module": 0, "crafter_env": 2}
+    if (module := args.env_id.split(":")[0]) in modules:
+        code = page_blocks("python", ENVIRONMENTS)[modules[module]]
+        (tmp_path / f"{module}.py").write_text(code)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for --async-envs
     if args.resume:
-        old = dreamer_v3.load_checkpoint(Path(args.resume) / "checkpoint.pt")["args"]
+        old = dreamer_v3.load_checkpoint(args.resume)["args"]
         dreamer_v3.main(replace(old, resume=args.resume, total_timesteps=30))
         assert {line["step"] for line in read_metrics(folder)} >= {20, 30}
     elif args.evaluate:
         returns = dreamer_v3.main(args)
-        assert len(returns) == args.eval_episodes == 100
+        assert len(returns) == args.eval_episodes
         text = capsys.readouterr().out.splitlines()[-1]
         assert all(word in text for word in ("mean", "standard error", "min", "max"))
     else:
@@ -1803,7 +1936,7 @@ def test_readme_commands_run(command, tmp_path, monkeypatch, capsys):
 def test_readme_snippet(tmp_path, capsys):
     """The README's snippet loads a checkpoint, acts, and prints a return."""
     folder = short_run(dreamer_v3, tmp_path, env_id="CartPole-v1", total_timesteps=20)
-    (snippet,) = readme_blocks("python")
+    (snippet,) = page_blocks("python")
     assert "runs/RUN" in snippet
     capsys.readouterr()
     exec(snippet.replace("runs/RUN", str(folder)), {})
@@ -1843,11 +1976,16 @@ def test_readme_normaliser(tmp_path, monkeypatch):
     close(agent.model.return_range, expected, rtol=1e-5)
 
 
-def test_readme_environment(tmp_path, monkeypatch):
-    """The README's environment is remembered: 1 for the sign that was shown, else 0."""
-    readme_diff("my_module", tmp_path)
-    module = load_module(tmp_path / "my_module.py", monkeypatch)
-    env = module.Guess()
+def test_page_environment(tmp_path, monkeypatch):
+    """The page's environment is remembered: 1 for the sign that was shown, else 0. A notebook."""
+    definition, notebook, _ = page_blocks("python", ENVIRONMENTS)
+    names = {}
+    exec(definition, names)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(dreamer_v3.PRESETS, "cpu", TINY)
+    exec(notebook.replace("2000", "40, eval_episodes=2"), names)
+    assert len(names["returns"]) == 2
+    env = names["Guess"]()
     for right in (0, 1, 0, 1):
         obs, _ = env.reset()
         assert env.observation_space.contains(obs)
@@ -2421,7 +2559,7 @@ def test_resume_is_exact(buffer_size, tmp_path):
     first, second = read_checkpoint(folder), read_checkpoint(other)
     assert first.keys() == second.keys() >= {"agent", "random", "online", "credit", "updates"}
     for state in (first, second):
-        del state["args"], state["size"], state["seconds"]
+        del state["args"], state["size"], state["seconds"], state["folder"]
     for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     assert (folder / "replay.bin").read_bytes() == (other / "replay.bin").read_bytes()
@@ -2575,7 +2713,15 @@ class Odd(gym.Env):
         return obs, reward, False, self.length > 0 and self.t % self.length == 0, {}
 
 
+class Broken(Odd):
+    """Fails at its first step."""
+
+    def step(self, action):
+        broken(None)
+
+
 gym.register("TestOdd-v0", entry_point=Odd)
+gym.register("TestBroken-v0", entry_point=Broken)
 
 
 def odd_args(tmp_path, settings=None, **kwargs):
@@ -2590,21 +2736,45 @@ def test_environment_faults(fault, async_envs, tmp_path):
     """Group J: one error says what failed and when; the run can be resumed."""
     settings = dict(num_envs=2, async_envs=async_envs, total_timesteps=200)
     args = odd_args(tmp_path, settings, fault=fault)
-    # 20 steps of its own, and 3 that reset.
-    match = f"^the environments failed at step 23: {FAULTS[fault][1]}"
-    with pytest.raises(UserError, match=match):
+    # 20 steps of its own, the first one of which only tries it, and 3 that reset.
+    match = "^the environments failed at step {}: " + FAULTS[fault][1]
+    with pytest.raises(UserError, match=match.format(22)):
         dreamer_v3.main(args)
     (folder,) = tmp_path.iterdir()
-    assert read_checkpoint(folder)["step"] == 46
-    with pytest.raises(UserError, match=match):
+    assert read_checkpoint(folder)["step"] == 44
+    with pytest.raises(UserError, match=match.format(23)):
         dreamer_v3.main(replace(args, resume=str(folder)))
-    assert read_checkpoint(folder)["step"] == 92
+    assert read_checkpoint(folder)["step"] == 90
 
 
 def test_fault_on_the_command_line(tmp_path):
     """Group J: a fault is one line and exit status 2, whatever the environment says."""
     args = odd_args(tmp_path, fault="raises")
     assert "RuntimeError: the simulator broke in two lines" in failed(start(*flags(args)))
+
+
+def test_a_start_that_fails(tmp_path, monkeypatch):
+    """Group J: it leaves no folder, whether a first observation is wrong or the process ends."""
+    nothing = {"a": np.full(2, np.nan, np.float32), "b": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Odd, "observe", lambda self: nothing)
+        with pytest.raises(UserError, match="step 0: ValueError: obs/a is not finite"):
+            dreamer_v3.main(odd_args(tmp_path))
+    monkeypatch.setattr(dreamer_v3, "save_checkpoint", lambda *args: broken(None))
+    with pytest.raises(RuntimeError):
+        dreamer_v3.main(odd_args(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_of_other_types():
+    """Group D: a vector environment may give lists, integers, and arrays (n, 1)."""
+    envs = make_environments("vector", 2)
+    obs = envs.envs.observation_space.sample()
+    envs.envs.step = lambda action: (obs, [1, 2], np.array([[0], [1]]), (1, 0), {})
+    assert [x[:2] for x in envs.step(np.eye(2, envs.spaces.action_width))] == [(0, 1), (1, 2)]
+    for name, expected in dict(reward=[1, 2], is_last=[1, 1], is_terminal=[0, 1]).items():
+        x = envs.entry[name]
+        assert x.tolist() == expected and x.dtype == (np.float32 if name == "reward" else bool)
 
 
 def test_episodes_of_one_step(tmp_path):
@@ -3000,9 +3170,11 @@ def test_logger_writes_what_is_finite(tmp_path):
     logger, calls = dreamer_v3.Logger(tiny(), tmp_path), []
     note = lambda *args, **kwargs: calls.append((*args, kwargs))
     logger.tensorboard = SimpleNamespace(add_scalar=note, add_image=note, close=lambda: None)
+    logger.wandb = SimpleNamespace(finish=lambda: note("finished"))
     logger.write(7, {"x": torch.tensor(1.5), "y": math.nan, "z": -math.inf}, "picture")
     logger.close()
-    assert calls == [("x", 1.5, 7, {}), ("dreams", "picture", 7, {"dataformats": "HWC"})]
+    picture = ("dreams", "picture", 7, {"dataformats": "HWC"})
+    assert calls == [("x", 1.5, 7, {}), picture, ("finished", {})]
     (line,) = read_metrics(tmp_path)
     assert line == {"step": 7, "time": line["time"], "x": 1.5}
 

@@ -4,6 +4,7 @@
     python results/make.py authors FOLDER   # the authors' curves, summed up
     python results/make.py tables                        # writes them into README.md
     python results/make.py figures                       # pip install matplotlib
+    python results/make.py plot runs/A runs/B ...        # your own runs: plot.png
 
 `add` puts each run into results/<task>.json, a list in the authors' format: task, method, seed, xs
 (environment frames, all environments together) and ys (returns of training episodes), and beside it
@@ -53,7 +54,8 @@ def read_run(folder, commit, hardware):
     sys.path.insert(0, str(HERE.parent))
     dreamer_v3 = importlib.import_module("dreamer_v3")
     checkpoint = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
-    args, defaults = asdict(checkpoint["args"]), asdict(dreamer_v3.Args())
+    args, preset = asdict(checkpoint["args"]), checkpoint["args"].preset
+    defaults = asdict(dreamer_v3.Args(**dreamer_v3.PRESETS.get(preset, {})))
     elsewhere = (
         "exp_name run_dir resume track wandb_project_name wandb_entity capture_video".split()
     )
@@ -327,6 +329,66 @@ def figures():
     fig.savefig(HERE / "curves.png", dpi=110)
 
 
+def series(folder):
+    """A run's folder -> (what its curve is called, lines of metrics)."""
+    sys.path.insert(0, str(HERE.parent))
+    dreamer_v3 = importlib.import_module("dreamer_v3")
+    args = asdict(dreamer_v3.load_checkpoint(folder)["args"])
+    defaults = asdict(dreamer_v3.Args(**dreamer_v3.PRESETS.get(args["preset"], {})))
+    ignored = ("env_id", "seed", "run_dir", "resume", "total_timesteps")
+    changed = (flag(k, v) for k, v in args.items() if v != defaults[k] and k not in ignored)
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return " ".join([args["env_id"], *changed]), list(map(json.loads, lines))
+
+
+def band(axis, runs, x, y, count=30, **style):
+    """The mean of `y` in intervals of `x`, over all runs, and its range over them."""
+    points = [[(line[x], line[y]) for line in lines if y in line] for lines in runs]
+    points = [run for run in points if run]
+    if not points:
+        return
+    end = max(point[0] for run in points for point in run)
+    edges = np.linspace(0, end, min(count, min(map(len, points))) + 1)
+    means = np.full((len(points), len(edges) - 1), np.nan)
+    for row, run in zip(means, points, strict=True):
+        xs, ys = np.array(run).T
+        which = np.clip(np.searchsorted(edges, xs) - 1, 0, len(row) - 1)
+        for i in set(which):
+            row[i] = ys[which == i].mean()
+    filled = ~np.isnan(means).all(0)
+    middle, means = ((edges[1:] + edges[:-1]) / 2)[filled], means[:, filled]
+    axis.plot(middle, np.nanmean(means, 0), **style)
+    if len(points) > 1:
+        low, high = np.nanmin(means, 0), np.nanmax(means, 0)
+        axis.fill_between(middle, low, high, color=style["color"], alpha=0.2, lw=0)
+
+
+def plot(folders, out):
+    """Returns over steps and over minutes, and losses: a curve is the mean of a command's seeds."""
+    plt = importlib.import_module("matplotlib.pyplot")
+    groups = {}
+    for folder in folders:
+        name, lines = series(folder)
+        lines = [line | {"minutes": line["time"] / 60} for line in lines]
+        groups.setdefault(name, []).append(lines)
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for i, (name, runs) in enumerate(groups.items()):
+        label = f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+        style = dict(color=f"C{i}", label=label, marker="o", ms=3)
+        band(axes[0], runs, "step", "charts/episodic_return", **style)
+        band(axes[1], runs, "minutes", "charts/episodic_return", **style)
+        band(axes[2], runs, "step", "losses/total", **style)
+    for axis, x in zip(axes, ("agent steps", "minutes", "agent steps"), strict=True):
+        axis.set_xlabel(x)
+    axes[0].set_ylabel("return of training episodes")
+    axes[2].set_ylabel("sum of all losses")
+    axes[2].set_yscale("log")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", fontsize=8, frameon=False)
+    fig.tight_layout(rect=(0, 0.05 * (1 + len(groups)), 1, 1))
+    fig.savefig(out, dpi=110)
+    print(out)
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -338,6 +400,9 @@ def main():
     commands.add_parser("authors").add_argument("folder")
     commands.add_parser("tables")
     commands.add_parser("figures")
+    plotting = commands.add_parser("plot")
+    plotting.add_argument("runs", nargs="+")
+    plotting.add_argument("--out", default="plot.png")
     args = parser.parse_args()
     if args.command == "add":
         add(args.runs, args.commit, args.hardware)
@@ -345,6 +410,8 @@ def main():
         authors(args.folder)
     elif args.command == "tables":
         README.write_text(write_tables(README.read_text()))
+    elif args.command == "plot":
+        plot(args.runs, args.out)
     else:
         figures()
 
