@@ -52,8 +52,10 @@ import dreamer_v3
 from dreamer_v3 import Agent, Args, Dreamer, Replay, Spaces, UserError
 
 HERE = Path(dreamer_v3.__file__).parent
-README, SOURCE = (HERE / "README.md").read_text(), (HERE / "dreamer_v3.py").read_text()
-ENVIRONMENTS = (HERE / "docs/environments.md").read_text()
+SOURCE = (HERE / "dreamer_v3.py").read_text()
+PATHS = [HERE / "README.md", HERE / "results/README.md", *sorted((HERE / "docs").glob("*.md"))]
+PAGES = {path.relative_to(HERE).as_posix(): path.read_text() for path in PATHS}
+README, ENVIRONMENTS = PAGES["README.md"], PAGES["docs/environments.md"]
 
 torch.set_num_threads(1)
 # float64 against float64: only the order of the sums differs.
@@ -1847,10 +1849,9 @@ def page_blocks(language, page=README):
 
 
 def page_commands():
-    """Every `python dreamer_v3.py ...` of README.md and docs/."""
-    pages = [README, *(path.read_text() for path in sorted((HERE / "docs").glob("*.md")))]
-    blocks = "".join(block for page in pages for block in page_blocks("bash", page))
-    return re.findall(r"python dreamer_v3.py(.*)", blocks)
+    """Every `python dreamer_v3.py ...` of the pages, once."""
+    blocks = "".join(block for page in PAGES.values() for block in page_blocks("bash", page))
+    return list(dict.fromkeys(re.findall(r"python dreamer_v3.py(.*)", blocks)))
 
 
 def parse_words(monkeypatch, *words):
@@ -1872,7 +1873,7 @@ def test_commands_parse(monkeypatch):
 
 def readme_diff(name, folder):
     """Apply the diff whose first line has the name, to a copy of dreamer_v3.py in the folder."""
-    (diff,) = (block for block in page_blocks("diff") if name in block)
+    (diff,) = (block for block in page_blocks("diff", PAGES["docs/modifying.md"]) if name in block)
     shutil.copy(dreamer_v3.__file__, folder)
     command = ["git", "apply", "-p0", "-"]
     done = subprocess.run(command, input=diff, text=True, capture_output=True, cwd=folder)
@@ -1998,10 +1999,27 @@ def test_page_environment(tmp_path, monkeypatch):
 def test_readme_tables(monkeypatch):
     """Every table made from results/ is in the README as the script makes it now."""
     make = load_module(HERE / "results/make.py", monkeypatch)
-    assert make.write_tables(README) == README
-    assert README.count("<!-- table ") == len([name for name in vars(make) if name[:6] == "table_"])
-    for name in re.findall(r"\]\((results/[\w.]*)\)", README):
-        assert (HERE / name).exists(), name
+    for page in PAGES.values():
+        assert make.write_tables(page) == page
+    written = [path.relative_to(HERE).as_posix() for path in make.PAGES]
+    tables = sum(PAGES[name].count("<!-- table ") for name in written)
+    assert tables == len([name for name in vars(make) if name[:6] == "table_"])
+
+
+def test_links():
+    """Every link of a page to a file, and to a heading of a page, has an end."""
+    anchor = lambda title: re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+    for name, page in PAGES.items():
+        for target, heading in re.findall(r"\]\((?!http)([\w./-]*)(?:#([\w-]+))?\)", page):
+            path = ((HERE / name).parent / target).resolve() if target else HERE / name
+            assert path.exists(), (name, target)
+            titles = re.findall(r"^#+ (.*)", path.read_text(), re.M) if heading else []
+            assert not heading or heading in map(anchor, titles), (name, target, heading)
+
+
+def test_first_page():
+    """The first page is short."""
+    assert len(README.splitlines()) <= 230
 
 
 def test_equations_are_found():
@@ -2026,7 +2044,7 @@ def test_metrics_are_explained(tmp_path):
         settings = dict(env_kwargs=json.dumps({"case": case}), eval_episodes=1, report_every=10)
         run = short_run(dreamer_v3, tmp_path / case, env_id="TestSpaces-v0", **settings)
         written = written.union(*read_metrics(run)) - {"step", "time"}
-    rows = README.split("## Metrics")[1].split("## ")[0].splitlines()
+    rows = PAGES["docs/metrics.md"].splitlines()
     listed = {name for row in rows for name in re.findall(r"`([\w./<>]+)`", row.split(" | ")[0])}
     # A <name> is that of an observation: obs, or obs/... for one of several.
     patterns = [name.replace("obs/<name>", "<name>") for name in listed]
@@ -2040,7 +2058,7 @@ def test_metrics_are_explained(tmp_path):
 
 def test_readme_table_of_hyperparameters():
     """Its defaults are those of Args, and every hyperparameter after --size is in it."""
-    rows = re.findall(r"^\| `--([\w-]+)` \| (\S+) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `--([\w-]+)` \| (\S+) \|", PAGES["docs/algorithm.md"], re.MULTILINE)
     table = {flag.replace("-", "_"): default for flag, default in rows}
     defaults = {field.name: str(field.default) for field in fields(Args)}
     assert table == {name: defaults[name] for name in table}
@@ -2051,7 +2069,7 @@ def test_readme_table_of_hyperparameters():
 
 def test_details_are_numbered_alike():
     """Every [Dn] of the README stands in the code, and the other way round."""
-    listed = set(re.findall(r"^\| D(\d+) \|", README, re.MULTILINE))
+    listed = set(re.findall(r"^\| D(\d+) \|", PAGES["docs/algorithm.md"], re.MULTILINE))
     tagged = set(re.findall(r"\[D(\d+)\]", SOURCE.split('"""', 2)[2]))
     assert listed == tagged == {str(i) for i in range(1, 26)}
 

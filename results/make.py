@@ -1,8 +1,9 @@
-"""From runs to the README's figures and tables.
+"""From runs to the pages' figures and tables.
 
     python results/make.py add runs/RUN ... --commit 1234567 --hardware "2 cores of ..."
     python results/make.py authors FOLDER   # the authors' curves, summed up
-    python results/make.py tables                        # writes them into README.md
+    python results/make.py random                        # returns of random policies: random.json
+    python results/make.py tables                        # writes them into the pages
     python results/make.py figures                       # pip install matplotlib
     python results/make.py plot runs/A runs/B ...        # your own runs: plot.png
 
@@ -25,7 +26,12 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = [HERE.parent / name for name in ("README.md", "results/README.md", "docs/speed.md")]
+RANDOM = {
+    "acrobot": ("Acrobot-v1", 4),
+    "cartpole": ("CartPole-v1", 1),
+    "pendulum": ("Pendulum-v1", 1),
+}
 BIN = 10_000  # frames; the authors' curves of control tasks are averages over so many
 ENOUGH = 100_000  # frames of the authors' curves that are kept
 
@@ -106,6 +112,33 @@ def add(folders, commit, hardware):
         print(path, run["seed"], len(run["ys"]), "episodes")
 
 
+# ---- Random policies -----------------------------------------------------------------------------
+
+
+def random_returns(episodes=100):
+    """random.json: task -> mean and deviation of the returns of uniform actions, and the score that
+    counts as solved, if Gymnasium names one. With the action repeat of the runs."""
+    gym, result = importlib.import_module("gymnasium"), {}
+    for task, (env_id, repeat) in RANDOM.items():
+        env = gym.make(env_id)
+        solved = env.spec.reward_threshold
+        env = gym.wrappers.RepeatAction(env, repeat) if repeat > 1 else env
+        env.action_space.seed(0)
+        returns = []
+        for seed in range(episodes):
+            env.reset(seed=seed)
+            done, total = False, 0.0
+            while not done:
+                _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+                done, total = terminated or truncated, total + float(reward)
+            returns.append(total)
+        mean, std = (round(float(x), 1) for x in (np.mean(returns), np.std(returns)))
+        result[task] = dict(env_id=env_id, action_repeat=repeat, episodes=episodes)
+        result[task] |= dict(mean=mean, std=std, solved=solved)
+    text = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in result.items())
+    (HERE / "random.json").write_text("{\n" + text + "\n}\n")
+
+
 # ---- The authors' curves -------------------------------------------------------------------------
 
 
@@ -142,7 +175,7 @@ def authors(folder):
 
 def load():
     """Tasks in order: name -> runs, and the authors' summary."""
-    others = ("authors.json", "speed.json")
+    others = ("authors.json", "speed.json", "random.json")
     paths = sorted(path for path in HERE.glob("*.json") if path.name not in others)
     tasks = {path.stem: json.loads(path.read_text()) for path in paths}
     return tasks, json.loads((HERE / "authors.json").read_text())
@@ -169,7 +202,7 @@ def by_command(runs):
 
 
 def numbers(tasks):
-    """The number of each command in the README's list."""
+    """The number of each command in the list of results/README.md."""
     commands = [command for runs in tasks.values() for command in by_command(runs)]
     return {command: i for i, command in enumerate(commands, 1)}
 
@@ -205,10 +238,13 @@ def table_authors():
 
 def table_classic():
     """Greedy evaluations of tasks that the authors have not published."""
-    rows = ["| task | seed | environment frames: return | last, +- standard error | best |"]
+    rows = [
+        "| task | seed | environment frames: return | last, +- standard error | best | random |"
+    ]
     rows[0] += " updates | minutes | commit | command |"
-    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     tasks, published = load()
+    chance = json.loads((HERE / "random.json").read_text())
     for task, runs in tasks.items():
         for run in () if task in published else runs:
             steps = ", ".join(f"{x:,}: {y:.0f}" for x, y, _, _ in run["evaluations"])
@@ -217,7 +253,8 @@ def table_classic():
             number = numbers(tasks)[re.sub(r" --seed \d+", "", run["command"])]
             rows.append(
                 f"| {task} | {run['seed']} | {steps} | **{mean:.0f}** +- "
-                f"{std / (episodes - 1) ** 0.5:.1f} | {best:.0f} | {run['updates']:,} "
+                f"{std / (episodes - 1) ** 0.5:.1f} | {best:.0f} | {chance[task]['mean']:.0f} "
+                f"| {run['updates']:,} "
                 f"| {minutes([run])} | {run['commit']} | {number}{stopped([run])} |"
             )
     return rows
@@ -264,20 +301,22 @@ def table_growth():
 
 def table_quick():
     """Minutes and returns of the commands of the section on use."""
-    rows = ["| task | agent steps | minutes | return, each seed (greedy, 20 episodes) | command |"]
-    rows += ["| --- | --- | --- | --- | --- |"]
+    rows = ["| task | agent steps | minutes | random | return of each seed | solved | command |"]
+    rows += ["| --- | --- | --- | --- | --- | --- | --- |"]
     tasks, published = load()
+    chance = json.loads((HERE / "random.json").read_text())
     for task, runs in tasks.items():
         for command, same in by_command(runs).items() if task not in published else ():
             if len(same) > 1:  # what was tried once is in the other tables
                 last = " / ".join(f"{run['evaluations'][-1][1]:.0f}" for run in same)
-                row = f"| {task} | {same[0]['steps']:,} | {minutes(same)} | {last} "
-                rows.append(f"{row}| [{numbers(tasks)[command]}](#results) |")
+                row = f"| {task} | {same[0]['steps']:,} | {minutes(same)} "
+                row += f"| {chance[task]['mean']:.0f} | {last} | {chance[task]['solved'] or ''} "
+                rows.append(f"{row}| [{numbers(tasks)[command]}](results/README.md#commands) |")
     return rows
 
 
 def write_tables(text):
-    """The README with every <!-- table NAME --> ... <!-- end --> made anew."""
+    """A page with every <!-- table NAME --> ... <!-- end --> made anew."""
 
     def table(match):
         rows = globals()[f"table_{match[1]}"]()
@@ -398,6 +437,7 @@ def main():
     adding.add_argument("--commit", required=True)
     adding.add_argument("--hardware", required=True)
     commands.add_parser("authors").add_argument("folder")
+    commands.add_parser("random")
     commands.add_parser("tables")
     commands.add_parser("figures")
     plotting = commands.add_parser("plot")
@@ -408,8 +448,11 @@ def main():
         add(args.runs, args.commit, args.hardware)
     elif args.command == "authors":
         authors(args.folder)
+    elif args.command == "random":
+        random_returns()
     elif args.command == "tables":
-        README.write_text(write_tables(README.read_text()))
+        for page in PAGES:
+            page.write_text(write_tables(page.read_text()))
     elif args.command == "plot":
         plot(args.runs, args.out)
     else:

@@ -19,7 +19,9 @@ def test_results_script(tmp_path):
     """A run becomes a curve, and a command that is the same run; tables and figure are made."""
     for name in ("README.md", "dreamer_v3.py"):
         shutil.copy(HERE / name, tmp_path / name)
-    shutil.copytree(HERE / "results", tmp_path / "results")
+    for name in ("results", "docs"):
+        shutil.copytree(HERE / name, tmp_path / name)
+    page = tmp_path / "results/README.md"
 
     def make(*words):
         """Run the script."""
@@ -27,8 +29,9 @@ def test_results_script(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
+    before = page.read_text()
     make("tables")
-    assert (tmp_path / "README.md").read_text() == README
+    assert (tmp_path / "README.md").read_text() == README and page.read_text() == before
     changes = dict(num_envs=2, seed=7, action_repeat=2, async_envs=True, cudagraphs=False)
     changes |= dict(eval_episodes=2, gamma=0.9, env_id="CartPole-v1", total_timesteps=60)
     run = short_run(dreamer_v3, tmp_path / "runs", **changes)
@@ -48,8 +51,10 @@ def test_results_script(tmp_path):
     args = dreamer_v3.load_checkpoint(run / "checkpoint.pt")["args"]
     assert tyro.cli(Args, args=words[2:]) == replace(args, run_dir="runs")
     make("tables")
-    assert entry["command"].replace(" --seed 7", "") in (tmp_path / "README.md").read_text()
+    assert entry["command"].replace(" --seed 7", "") in page.read_text()
     if importlib.util.find_spec("matplotlib"):  # pip install matplotlib
+        make("plot", run, run, "--out", tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 10_000
         (tmp_path / "results/curves.png").unlink()
         make("figures")
         assert (tmp_path / "results/curves.png").stat().st_size > 10_000
