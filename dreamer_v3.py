@@ -67,7 +67,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 # ---- 1. Arguments (paper: Extended Data Tables 3 and 4) ------------------------------------------
 
-# Network sizes of the paper: deter (D), from which the other widths follow (see `Args.network`).
+# Network sizes of the paper, and 1m: deter (D), from which the other widths follow.
 SIZES = {
     "1m": 512, "12m": 2048, "25m": 3072, "50m": 4096, "100m": 6144, "200m": 8192, "400m": 12288,
 }  # fmt: skip
@@ -92,8 +92,7 @@ PRESETS = {
 class Args:
     """Hyperparameters; the comments are the help of the command line."""
 
-    # Flags for a benchmark or for small tasks on a CPU; `--preset NAME --help` shows them.
-    preset: Literal[*PRESETS] | None = None
+    preset: Literal[*PRESETS] | None = None  # Flags of a task; `--preset NAME --help` shows them.
     exp_name: str = "dreamer_v3"  # Name of the experiment, part of the run folder's name.
     seed: int = 1  # Seed of environments, networks, sampling and replay.
     torch_deterministic: bool = False  # Prefer deterministic torch kernels; they are slower.
@@ -122,8 +121,7 @@ class Args:
     buffer_size: int = 5_000_000  # Capacity of the replay in agent steps.
     batch_size: int = 16  # Sequences in a batch (B).
     batch_length: int = 64  # Agent steps in a sequence (T); one more before them is context.
-    # Replayed steps per agent step: an update every batch_size * batch_length / train_ratio steps.
-    train_ratio: float = 128.0
+    train_ratio: float = 128.0  # Steps replayed per agent step; an update replays B * T of them.
     eval_every: int = 25_000  # Agent steps between evaluations; 0: only one, at the end.
     eval_episodes: int = 10  # Episodes of an evaluation; 0: never evaluate.
     eval_sample: bool = False  # Evaluate with sampled actions instead of the most likely ones.
@@ -131,8 +129,7 @@ class Args:
     save_every: int = 2_500  # Agent steps between checkpoints.
     report_every: int = 2_500  # Agent steps between pictures of predictions; 0: never.
 
-    # Network size of the paper's table. Each of the next five flags changes one number of it.
-    size: Literal[*SIZES] = "12m"
+    size: Literal[*SIZES] = "12m"  # Parameters, roughly; each of the next five flags changes one width.
     deter: int | None = None  # Width of the recurrent state (D).
     hidden: int | None = None  # Width of the hidden layers of the RSSM.
     classes: int | None = None  # Classes of each latent variable (K).
@@ -141,8 +138,7 @@ class Args:
     stoch: int = 32  # Latent variables (S).
     blocks: int = 8  # Blocks of the recurrent weights (G); G and 8 must divide deter.
 
-    # Free bits: the KL, summed over latents, is clamped to at least this at every step, in nats.
-    free_nats: float = 1.0
+    free_nats: float = 1.0  # Free bits: the KL of a step, summed over latents, is at least this.
     unimix: float = 0.01  # Fraction of uniform probability mixed into every latent categorical.
     beta_pred: float = 1.0  # Weight of the prediction losses: decoder, reward, continue.
     beta_dyn: float = 1.0  # Weight of the dynamics loss.
@@ -151,7 +147,7 @@ class Args:
     gamma: float = 1 - 1 / 333  # Discount for one agent step.
     return_lambda: float = 0.95  # Lambda of the returns: 0 trusts the critic after one step.
     ent_coef: float = 3e-4  # Weight of the actor's entropy, in normalised return per nat.
-    actor_unimix: float = 0.01  # The same for a discrete actor (0 by oversight in the reference).
+    actor_unimix: float = 0.01  # Uniform share of a discrete policy (0 by oversight in the reference).
     beta_val: float = 1.0  # Weight of the critic loss on imagined trajectories.
     beta_repval: float = 0.3  # Weight of the critic loss on replayed sequences.
     slow_reg: float = 1.0  # Weight of the slow critic as second target in both critic losses.
@@ -1125,7 +1121,8 @@ class Agent:
             raise UserError(f"the environment has other spaces than the checkpoint: {self.spaces}")
         try:
             self.model.load_state_dict(state["model"])
-            torch._foreach_copy_(self.optimizer.state, state["optimizer"])
+            if "optimizer" in state:  # which is left out of published networks
+                torch._foreach_copy_(self.optimizer.state, state["optimizer"])
         except RuntimeError as error:
             raise UserError("the checkpoint is of other networks than this file's") from error
 
@@ -1532,6 +1529,8 @@ class Trainer:
         self.args, self.envs, self.agent, n = args, envs, agent, args.num_envs
         steps = max(args.total_timesteps, checkpoint["step"] if checkpoint else 0) + n
         length = math.ceil(min(args.buffer_size, steps) / n)
+        if checkpoint and not (folder / "replay.bin").exists():
+            raise UserError(f"{folder / 'replay.bin'} is missing, without which no run goes on")
         self.replay = Replay(folder / "replay.bin", length, envs.spaces, agent.model.rssm, args)
         if agent.device.type == "cpu":
             keep_freed_memory()

@@ -2,6 +2,8 @@
 
     python results/make.py add runs/RUN ... --commit 1234567 --hardware "2 cores of ..."
     python results/make.py authors FOLDER   # the authors' curves, summed up
+    python results/make.py beside acrobot runs/RUN LOGDIR ...   # ours and the authors' runs
+    python results/make.py network runs/RUN results/acrobot.pt  # its weights, without the optimizer
     python results/make.py random                        # returns of random policies: random.json
     python results/make.py tables                        # writes them into the pages
     python results/make.py figures                       # pip install matplotlib
@@ -112,6 +114,40 @@ def add(folders, commit, hardware):
         print(path, run["seed"], len(run["ys"]), "episodes")
 
 
+def beside(task, folders):
+    """side_by_side.json: returns of training episodes, of our runs and of the authors' code.
+
+    A folder is a run of ours, or a `--logdir` of theirs (see docs/tests.md); xs are agent steps.
+    """
+    path = HERE / "side_by_side.json"
+    curves = json.loads(path.read_text()) if path.exists() else []
+    for folder in map(Path, folders):
+        ours = (folder / "metrics.jsonl").exists() and (folder / "checkpoint.pt").exists()
+        name, key = ("metrics", "charts/episodic_return") if ours else ("scores", "episode/score")
+        lines = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+        points = [(line["step"], round(line[key], 2)) for line in lines if key in line]
+        config = (folder / "config.yaml").read_text() if not ours else ""
+        seed = (
+            read_run(folder, "", "")["seed"] if ours else re.search(r"^seed: (\d+)", config, re.M)
+        )
+        curve = dict(task=task, method="dreamer_v3.py" if ours else "authors")
+        curve |= dict(seed=seed if ours else int(seed[1]))
+        curves = [other for other in curves if not curve.items() <= other.items()]
+        xs, ys = zip(*points, strict=True)
+        curves.append(curve | dict(xs=xs, ys=ys))
+    curves.sort(key=lambda curve: (curve["task"], curve["method"], curve["seed"]))
+    path.write_text("[\n" + ",\n".join(map(json.dumps, curves)) + "\n]\n")
+
+
+def network(run, file):
+    """The checkpoint of a run without its optimizer: for --evaluate and Player."""
+    torch = importlib.import_module("torch")
+    checkpoint = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    del checkpoint["agent"]["optimizer"]
+    torch.save(checkpoint, file)
+    print(f"{file}: {Path(file).stat().st_size / 1e6:.2f} MB")
+
+
 # ---- Random policies -----------------------------------------------------------------------------
 
 
@@ -175,7 +211,7 @@ def authors(folder):
 
 def load():
     """Tasks in order: name -> runs, and the authors' summary."""
-    others = ("authors.json", "speed.json", "random.json")
+    others = ("authors.json", "speed.json", "random.json", "side_by_side.json")
     paths = sorted(path for path in HERE.glob("*.json") if path.name not in others)
     tasks = {path.stem: json.loads(path.read_text()) for path in paths}
     return tasks, json.loads((HERE / "authors.json").read_text())
@@ -236,6 +272,35 @@ def table_authors():
     return rows
 
 
+def at_random(chance, task, run):
+    """Mean return of a random policy with the action repeat of the run; empty if not measured."""
+    repeat = int((re.findall(r"--action-repeat (\d+)", run["command"]) or [1])[0])
+    return f"{chance[task]['mean']:.0f}" if repeat == chance[task]["action_repeat"] else ""
+
+
+def table_beside():
+    """Mean return in each fifth of training, and the range of the seeds, of both programs."""
+    rows = ["| task | program | seeds | first fifth | second | third | fourth | last | random |"]
+    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    curves = json.loads((HERE / "side_by_side.json").read_text())
+    chance = json.loads((HERE / "random.json").read_text())
+    for task in dict.fromkeys(curve["task"] for curve in curves):
+        same = [curve for curve in curves if curve["task"] == task]
+        end = max(x for curve in same for x in curve["xs"])
+        for method in ("authors", "dreamer_v3.py"):
+            seeds, cells = [curve for curve in same if curve["method"] == method], []
+            for fifth in range(5):
+                low, high = fifth * end / 5, (fifth + 1) * end / 5
+                means = [
+                    np.mean([y for x, y in zip(c["xs"], c["ys"], strict=True) if low < x <= high])
+                    for c in seeds
+                ]
+                cells.append(f"{np.mean(means):.0f} ({min(means):.0f} to {max(means):.0f})")
+            text = f"| {task} | {method} | {len(seeds)} | {' | '.join(cells)} "
+            rows.append(f"{text}| {chance[task]['mean']:.0f} |")
+    return rows
+
+
 def table_classic():
     """Greedy evaluations of tasks that the authors have not published."""
     rows = [
@@ -253,7 +318,7 @@ def table_classic():
             number = numbers(tasks)[re.sub(r" --seed \d+", "", run["command"])]
             rows.append(
                 f"| {task} | {run['seed']} | {steps} | **{mean:.0f}** +- "
-                f"{std / (episodes - 1) ** 0.5:.1f} | {best:.0f} | {chance[task]['mean']:.0f} "
+                f"{std / (episodes - 1) ** 0.5:.1f} | {best:.0f} | {at_random(chance, task, run)} "
                 f"| {run['updates']:,} "
                 f"| {minutes([run])} | {run['commit']} | {number}{stopped([run])} |"
             )
@@ -310,7 +375,9 @@ def table_quick():
             if len(same) > 1:  # what was tried once is in the other tables
                 last = " / ".join(f"{run['evaluations'][-1][1]:.0f}" for run in same)
                 row = f"| {task} | {same[0]['steps']:,} | {minutes(same)} "
-                row += f"| {chance[task]['mean']:.0f} | {last} | {chance[task]['solved'] or ''} "
+                solved = chance[task]["solved"]
+                row += f"| {at_random(chance, task, same[0])} | {last} "
+                row += f"| {'none' if solved is None else f'{solved:.0f}'} "
                 rows.append(f"{row}| [{numbers(tasks)[command]}](results/README.md#commands) |")
     return rows
 
@@ -366,6 +433,44 @@ def figures():
         axis.legend(handles.values(), handles.keys(), fontsize=7, frameon=False)
     fig.tight_layout()
     fig.savefig(HERE / "curves.png", dpi=110)
+    side_by_side()
+
+
+TITLES = {"acrobot": "Acrobot", "cartpole": "CartPole", "pendulum": "Pendulum"}
+PROGRAMS = {
+    "authors": ("authors' code (JAX)", "#0072b2"),
+    "dreamer_v3.py": ("this file", "#d55e00"),
+}
+
+
+def side_by_side():
+    """side_by_side.png: mean and range of the seeds of both programs over agent steps."""
+    plt = importlib.import_module("matplotlib.pyplot")
+    curves = json.loads((HERE / "side_by_side.json").read_text())
+    chance = json.loads((HERE / "random.json").read_text())
+    tasks = list(dict.fromkeys(curve["task"] for curve in curves))
+    fig, axes = plt.subplots(1, len(tasks), figsize=(1 + 5 * len(tasks), 4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for method, (label, color) in PROGRAMS.items():
+            same = [c for c in curves if (c["task"], c["method"]) == (task, method)]
+            if same:
+                runs = [
+                    [{"x": x, "y": y} for x, y in zip(c["xs"], c["ys"], strict=True)] for c in same
+                ]
+                label = f"{label}, {len(same)} seed{'s' * (len(same) > 1)}"
+                band(axis, runs, "x", "y", count=14, label=label, color=color, lw=2)
+        lines = {"random": chance[task]["mean"], "solved": chance[task]["solved"]}
+        for text, y in lines.items():
+            if y is not None:
+                axis.axhline(y, color="0.4", ls="--", lw=1)
+                axis.annotate(text, (0.01, y), xycoords=("axes fraction", "data"), va="bottom")
+        axis.set_title(TITLES[task])
+        axis.set_xlabel("agent steps")
+        axis.set_ylabel("return of training episodes")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axis.legend(frameon=False, loc="lower right" if len(tasks) > 1 else "center right")
+    fig.tight_layout()
+    fig.savefig(HERE / "side_by_side.png", dpi=120)
 
 
 def series(folder):
@@ -437,6 +542,12 @@ def main():
     adding.add_argument("--commit", required=True)
     adding.add_argument("--hardware", required=True)
     commands.add_parser("authors").add_argument("folder")
+    comparing = commands.add_parser("beside")
+    comparing.add_argument("task")
+    comparing.add_argument("folders", nargs="+")
+    publishing = commands.add_parser("network")
+    publishing.add_argument("run")
+    publishing.add_argument("file")
     commands.add_parser("random")
     commands.add_parser("tables")
     commands.add_parser("figures")
@@ -448,6 +559,10 @@ def main():
         add(args.runs, args.commit, args.hardware)
     elif args.command == "authors":
         authors(args.folder)
+    elif args.command == "beside":
+        beside(args.task, args.folders)
+    elif args.command == "network":
+        network(args.run, args.file)
     elif args.command == "random":
         random_returns()
     elif args.command == "tables":
