@@ -45,6 +45,7 @@ import multiprocessing
 import operator
 import os
 import re
+import shlex
 import signal
 import struct
 import sys
@@ -129,7 +130,9 @@ class Args:
     save_every: int = 2_500  # Agent steps between checkpoints.
     report_every: int = 2_500  # Agent steps between pictures of predictions; 0: never.
 
-    size: Literal[*SIZES] = "12m"  # Parameters, roughly; each of the next five flags changes one width.
+    size: Literal[*SIZES] = (
+        "12m"  # Parameters, roughly; each of the next five flags changes one width.
+    )
     deter: int | None = None  # Width of the recurrent state (D).
     hidden: int | None = None  # Width of the hidden layers of the RSSM.
     classes: int | None = None  # Classes of each latent variable (K).
@@ -147,7 +150,9 @@ class Args:
     gamma: float = 1 - 1 / 333  # Discount for one agent step.
     return_lambda: float = 0.95  # Lambda of the returns: 0 trusts the critic after one step.
     ent_coef: float = 3e-4  # Weight of the actor's entropy, in normalised return per nat.
-    actor_unimix: float = 0.01  # Uniform share of a discrete policy (0 by oversight in the reference).
+    actor_unimix: float = (
+        0.01  # Uniform share of a discrete policy (0 by oversight in the reference).
+    )
     beta_val: float = 1.0  # Weight of the critic loss on imagined trajectories.
     beta_repval: float = 0.3  # Weight of the critic loss on replayed sequences.
     slow_reg: float = 1.0  # Weight of the slow critic as second target in both critic losses.
@@ -1135,10 +1140,11 @@ class Replay:
 
     Sequences cross episodes: the RSSM resets at is_first. An entry is one step of all environments:
     arrays are (length, num_envs, ...). They are one file mapped into memory: what was written
-    survives the process, and a checkpoint need not copy it. Raises UserError if there is no room.
+    survives the process, and a checkpoint need not copy it. Goes on from the file as it was after
+    `steps` of each stream. Raises UserError if it is damaged, or there is no room.
     """
 
-    def __init__(self, path, length, spaces, rssm, args):
+    def __init__(self, path, length, spaces, rssm, args, steps=0, online=0):
         fields = [
             *((name, np.uint8, (IMAGE_SIZE, IMAGE_SIZE, c)) for name, c in spaces.images),
             *((name, np.float32, (width,)) for name, width, _ in spaces.vectors),
@@ -1153,10 +1159,11 @@ class Replay:
         entry = np.dtype([("step", np.int64), *fields], align=True)
         self.length, self.num_envs = length, args.num_envs
         self.batch_size, self.window = args.batch_size, args.batch_length + 1
-        self.steps = 0  # written to each stream so far; step i is at i % length
-        self.readable_from = 0  # earlier steps are incomplete: see `resume`
-        self.online = 0  # windows of new steps that are done with, over all streams
+        self.steps = steps  # written to each stream so far; step i is at i % length
+        self.online = online  # windows of new steps that are done with, over all streams
         before, size = path.stat().st_size if path.exists() else 0, length * entry.itemsize
+        if before < min(steps, length) * entry.itemsize:
+            raise UserError(f"the replay {path} is missing or too short")
         try:
             with open(path, "ab") as file:
                 file.truncate(max(before, size))
@@ -1165,9 +1172,17 @@ class Replay:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(path, before)  # gives the room back
-            text = f"no {size / 1e9:.2f} GB for the replay {path}: {error.strerror}"
+            text = f"no {size / 1e9:.2f} GB for the replay: {error.strerror}"
             raise UserError(f"{text}; lower --buffer-size?") from error
         self.data = np.memmap(path, entry, "r+", shape=(length,))
+        # Steps of the file from after a checkpoint are dropped: the run writes them anew. Where
+        # they had overwritten the oldest steps of the ring, those are lost, and must not be read.
+        # (Latent states from lost updates stay: stored ones always come from some older network.)
+        wanted = np.arange(max(0, steps - length), steps)
+        found = self.data["step"][wanted % length]
+        if (found < wanted).any():
+            raise UserError(f"the replay {path} is damaged")
+        self.readable_from = max(wanted[found > wanted] + 1, default=0)
 
     @property
     def oldest(self):
@@ -1221,20 +1236,6 @@ class Replay:
         self.data["deter"][rows[:, 1:], envs] = deter
         self.data["stoch"][rows[:, 1:], envs] = stoch
 
-    def resume(self, steps, online):
-        """Go on from the file as it was after so many steps. Raises UserError if it is damaged.
-
-        Later steps are dropped: the run writes them anew. Where they had overwritten the oldest
-        steps of the ring, those are lost, and must not be read. (Latent states from lost updates
-        stay: stored ones always come from some older network.)
-        """
-        self.steps, self.online = steps, online
-        wanted = np.arange(max(0, steps - self.length), steps)
-        found = self.data["step"][wanted % self.length]
-        if (found < wanted).any():
-            raise UserError(f"the replay {self.data.filename} is missing or damaged")
-        self.readable_from = max(wanted[found > wanted] + 1, default=0)
-
 
 # ---- 12. Environments ----------------------------------------------------------------------------
 
@@ -1255,10 +1256,6 @@ def make_envs(args, num_envs, video=None):
     wrappers, atari = [], args.env_id.split(":")[-1].startswith("ALE/")
     if atari:
         import_optional("ale_py", "gymnasium[atari]")  # registers its environments
-        if kwargs.get("stack_num", 1) < 1:  # ale-py would wait forever
-            raise UserError(
-                f"--env-kwargs: stack_num must be at least 1, not {kwargs['stack_num']}"
-            )
     if video:
         kwargs["render_mode"] = "rgb_array"
         record = dict(video_folder=str(video), episode_trigger=lambda episode: True)
@@ -1277,6 +1274,8 @@ def make_envs(args, num_envs, video=None):
     if atari and not video or mode == "sync" and not wrappers:
         mode, options = None, {}  # the environment's own vector version, if it has one
     try:  # (shared memory would cast values of a wrong type or shape without a word)
+        if atari and kwargs.get("stack_num", 1) < 1:
+            raise ValueError("stack_num must be at least 1")  # ale-py would wait forever
         envs = gym.make_vec(args.env_id, num_envs, mode, options, wrappers, **kwargs)
     except Exception as error:
         raise UserError(f"cannot make --env-id {args.env_id}: {error}") from error
@@ -1497,7 +1496,7 @@ class Logger:
         self.rates = steps / seconds, trained / seconds
         text = f"step {step:,}/{self.total:,}  {self.rates[0]:.1f} steps/s"
         if trained:  # before the first updates, the speed says nothing
-            left = datetime.timedelta(seconds=int((self.total - step) / self.rates[0]))
+            left = datetime.timedelta(seconds=max(0, int((self.total - step) / self.rates[0])))
             text += f"  {self.rates[1]:.2f} updates/s  {left} left"
         if self.returns:
             text += f"  return {self.returns[-1]:.1f}, mean {np.mean(self.returns):.1f}"
@@ -1529,9 +1528,6 @@ class Trainer:
         self.args, self.envs, self.agent, n = args, envs, agent, args.num_envs
         steps = max(args.total_timesteps, checkpoint["step"] if checkpoint else 0) + n
         length = math.ceil(min(args.buffer_size, steps) / n)
-        if checkpoint and not (folder / "replay.bin").exists():
-            raise UserError(f"{folder / 'replay.bin'} is missing, without which no run goes on")
-        self.replay = Replay(folder / "replay.bin", length, envs.spaces, agent.model.rssm, args)
         if agent.device.type == "cpu":
             keep_freed_memory()
         self.step = self.updates = self.evaluated = 0  # evaluated: step of the last evaluation
@@ -1544,12 +1540,14 @@ class Trainer:
             for name in self.counters:
                 setattr(self, name, checkpoint[name])
             agent.load_state_dict(checkpoint["agent"])
-            self.replay.resume(self.step // n, checkpoint["online"])
             torch.set_rng_state(checkpoint["random"])
             if agent.device.type == "cuda" and checkpoint["random_cuda"] is not None:
                 torch.cuda.set_rng_state(checkpoint["random_cuda"], agent.device)
         envs.reset()
         self.carry = agent.initial(n)
+        written = (self.step // n, checkpoint["online"]) if checkpoint else ()
+        path, rssm = folder / "replay.bin", agent.model.rssm
+        self.replay = Replay(path, length, envs.spaces, rssm, args, *written)
 
     def collect_and_train(self):
         """One step of every environment and the updates due: episodes as of `Environments.step`."""
@@ -1633,7 +1631,7 @@ class Player:
 
     def __init__(self, path, greedy=True, device="cpu", **changes):
         self.checkpoint, self.greedy, self.carry = load_checkpoint(path), greedy, None
-        self.args = replace(self.checkpoint["args"], compile=False, **changes)
+        self.args = replace(self.checkpoint["args"], **{"compile": False} | changes)
         self.envs = Environments(self.args, 1, 0)  # for its spaces
         self.envs.close()
         self.agent = Agent(self.args, self.envs.spaces, device)
@@ -1641,13 +1639,15 @@ class Player:
 
     def __call__(self, observation, first=False):
         """The action for an observation; n actions for n of them (in every array) with n flags."""
-        batched, is_first = np.ndim(first) > 0, np.atleast_1d(first)
+        batched, is_first = np.ndim(first) > 0, np.atleast_1d(first).astype(bool)
         if not batched:
-            observation = tree_map(lambda x: np.asarray(x)[None], observation)
+            is_array = lambda x: isinstance(x, list)
+            observation = tree_map(lambda x: np.asarray(x)[None], observation, is_leaf=is_array)
         parts = encode(self.envs.envs.single_observation_space, observation)
         obs = {name: x for name, _, x in parts} | {"is_first": is_first}
-        carry = self.carry or self.agent.initial(len(is_first))
-        self.carry = self.agent.act(to_device(obs, self.agent.device), carry, self.greedy)
+        if self.carry is None or len(self.carry[0]) != len(is_first):
+            self.carry = self.agent.initial(len(is_first))
+        self.carry = self.agent.act(to_device(obs, self.agent.device), self.carry, self.greedy)
         actions = self.envs.decode_action(self.carry[-1].cpu().numpy())
         return actions if batched else actions[0]
 
@@ -1656,7 +1656,7 @@ def evaluate_checkpoint(args, device, stop):
     """--evaluate: play with a run's networks in its environment. Gives the returns."""
     kept = "evaluate eval_episodes eval_sample capture_video seed cuda cudagraphs".split()
     for name, value in asdict(args).items():
-        if name not in kept and value != getattr(Args, name):
+        if name not in [*kept, "compile"] and value != getattr(Args, name):
             flag = name.replace("_", "-")
             raise UserError(f"--evaluate takes --{flag} from the run: leave it out")
     player = Player(args.evaluate, device=device, **{name: getattr(args, name) for name in kept})
@@ -1778,7 +1778,7 @@ def load_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = {"agent", "online", "size", "seconds", "random", "random_cuda", *Trainer.counters}
         assert needed <= checkpoint.keys()
-        return checkpoint | {"args": Args(**checkpoint["args"]), "folder": path.parent}
+        return checkpoint | {"args": Args(**checkpoint["args"]), "folder": path.resolve().parent}
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:
@@ -1857,32 +1857,42 @@ def open_run(args, device, dtype):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is {old} in this run, and must not become another")
         seed += 100_000 + checkpoint["step"]  # new episodes: not those of the start
+    if folder.exists() and not checkpoint:
+        raise UserError(f"{folder} exists already: start again, a second later")
     envs = Environments(args, args.num_envs, seed)
-    try:
-        agent = Agent(args, envs.spaces, device, dtype)
-    except RuntimeError as error:
-        raise UserError(f"cannot make networks of this size: {first_line(error)}") from error
-    if checkpoint:
-        trainer = Trainer(args, envs, agent, folder, checkpoint)
-        logger = Logger(args, folder, trainer.step, checkpoint["size"], checkpoint["seconds"])
-    else:
-        envs.reset()
-        envs.step(np.zeros((args.num_envs, envs.spaces.action_width)))  # fail now, without a folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            new = Path(aside) / "run"  # appears in its place with a checkpoint inside
-            new.mkdir()
-            trainer = Trainer(args, envs, agent, new)
-            save_checkpoint(new / "checkpoint.pt", trainer)
-            new.rename(folder)
-        logger = Logger(args, folder)
+    with contextlib.ExitStack() as undo:  # what was begun, if there is an error below
+        undo.callback(envs.close)
+        try:
+            agent = Agent(args, envs.spaces, device, dtype)
+        except RuntimeError as error:
+            text = f"cannot make networks of this size: {first_line(error)}"
+            raise UserError(text) from error
+        if checkpoint:
+            trainer = Trainer(args, envs, agent, folder, checkpoint)
+            logger = Logger(args, folder, trainer.step, checkpoint["size"], checkpoint["seconds"])
+        else:
+            envs.reset()
+            envs.step(np.zeros((args.num_envs, envs.spaces.action_width)))  # fail before a folder
+            if not folder.parent.exists():
+                folder.parent.mkdir(parents=True)
+                undo.callback(lambda: any(folder.parent.iterdir()) or folder.parent.rmdir())
+            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+                new = Path(aside) / "run"  # appears in its place with a checkpoint inside
+                new.mkdir()
+                trainer = Trainer(args, envs, agent, new)
+                save_checkpoint(new / "checkpoint.pt", trainer)
+                new.rename(folder)
+            logger = Logger(args, folder)
+        undo.pop_all()
     size, room = sum(p.numel() for p in agent.params), trainer.replay.data.nbytes / 1e9
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     after = f", resumed after step {trainer.step:,}" if checkpoint else ""
-    changed = {k.replace("_", "-"): v for k, v in asdict(args).items() if v != getattr(Args, k)}
-    switch = lambda k, v: f"--{k}" if v else f"--no-{k}"
-    words = (switch(k, v) if isinstance(v, bool) else f"--{k} {v}" for k, v in changed.items())
-    print("flags       ", *words)
+    words, shown = [], PRESETS.get(args.preset, {})
+    for k, v in asdict(args).items():
+        if v != getattr(Args, k) or k in shown:
+            switch = f"--{'' if v else 'no-'}{k}".replace("_", "-")
+            words += [switch] if isinstance(v, bool) else [f"--{k}".replace("_", "-"), str(v)]
+    print("flags       ", shlex.join(words))
     print(f"environment  {args.env_id} x {args.num_envs}: {envs.spaces}")
     print(f"networks     {size:,} parameters on {gpu}, {dtype}")
     print(f"schedule     {trainer.updates_per_step:.3g} updates per agent step")
@@ -1961,9 +1971,9 @@ GROUPS |= dict(free_nats="loss", learning_rate="optimizer")
 
 def parse(default=None):
     """The command line as Args. An error prints one line and exits with status 2."""
-    preset = re.search(r"--preset[= ](\w+)", " ".join(sys.argv))
-    if not default and preset and preset[1] in PRESETS:
-        default = Args(preset=preset[1], **PRESETS[preset[1]])
+    presets = re.findall(r"(?m)^--preset[=\n](\w+)$", "\n".join(sys.argv))
+    if not default and presets and presets[-1] in PRESETS:
+        default = Args(preset=presets[-1], **PRESETS[presets[-1]])
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
@@ -1987,13 +1997,15 @@ def fail(message, status=2):
 
 def cli():
     """The command line."""
-    sys.path.append(os.getcwd())  # where module:Name-v0 is looked for, too
+    sys.path.insert(0, os.getcwd())  # where module:Name-v0 is looked for first
     args, stop = parse(), []
 
     def on_signal(number, frame):
         """Ask the loop to end; the second time, end the process."""
         worker = multiprocessing.parent_process()  # of --async-envs: leaves Ctrl-C to the main one
         if stop or worker and number == signal.SIGTERM:
+            for child in multiprocessing.active_children():
+                child.kill()
             os._exit(128 + number)
         if not worker:
             stop.append(number)

@@ -906,14 +906,14 @@ def fill(replay, steps, first=lambda i: i == 0):
     return replay
 
 
-def make_replay(length, envs, folder=None):
+def make_replay(length, envs, folder=None, *written):
     """A replay for batches of 4 sequences of 3 + 1 steps; by default, its file has no name."""
     rssm = SimpleNamespace(deter_dim=8, stoch_shape=(2, 4))
     args = tiny(batch_size=4, batch_length=3, num_envs=envs)
     spaces = Spaces((), (("x", 1, ()),), (2,), 2)
     with tempfile.TemporaryDirectory() as unnamed:
         path = Path(folder or unnamed) / "replay.bin"
-        return Replay(path, length, spaces, rssm, args)
+        return Replay(path, length, spaces, rssm, args, *written)
 
 
 def draw(replay):
@@ -1598,8 +1598,9 @@ def test_presets(tmp_path, monkeypatch, capsys):
     groups = [text.index(f" {name} ---") for name in dreamer_v3.GROUPS.values()]
     assert groups == sorted(groups) and len(groups) == 6
     small = flags(tiny(env_id="CartPole-v1", run_dir=str(tmp_path), eval_every=7))
-    words = ["--preset", "cpu", *small, "--train-ratio", "2"]
-    args = parse(*words)
+    words = ["--preset", "crafter", "--preset", "cpu", *small, "--train-ratio", "2"]
+    args = parse(*words, "--gamma", str(Args.gamma), "--exp-name", "two words")
+    assert args.beta_pred == 10 and args.gamma == Args.gamma
     dreamer_v3.main(args)
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("flags"))
     assert parse(*shlex.split(line)[1:]) == args, "the line can be pasted"
@@ -1649,8 +1650,8 @@ def test_player(tmp_path, most_likely, monkeypatch):
         entry = {"obs": torch.tensor(obs), "is_first": torch.tensor(first)}
         carry = agent.act(entry, carry, greedy=True)
         expected = carry[-1].argmax(-1).tolist()
-        assert batch(obs, first).tolist() == expected
-        action = one(obs[0], first=bool(first[0]))
+        assert batch(obs, first.astype(step % 2 and int or float)).tolist() == expected
+        action = one(obs[0].tolist() if step % 2 else obs[0], first=int(first[0]))
         assert action == expected[0] and gs.Discrete(2).contains(action)
     monkeypatch.undo()
     sampler = dreamer_v3.Player(folder, greedy=False)
@@ -1742,6 +1743,11 @@ ERRORS = {
     "evaluation of other settings": ("--num-envs", "--evaluate folder --num-envs 3"),
     "unknown preset": ("--preset", "--preset pong"),
     "frames of none": ("stack_num", """--env-id ALE/Pong-v5 --env-kwargs '{"stack_num": 0}'"""),
+    "frames as a word": ("Pong", """--env-id ALE/Pong-v5 --env-kwargs '{"stack_num": "4"}'"""),
+    "no room": (
+        "no 1.*GB",
+        "+ --run-dir new --buffer-size 99999999999 --total-timesteps 99999999999",
+    ),
     "deprecated": ("Taxi-v4", "--env-id Taxi-v3"),
     "no picture to render": ("render", "--pixels " + CASE.format("vector")),
     "first step fails": ("simulator broke", "--env-id TestBroken-v0 --run-dir new"),
@@ -2396,8 +2402,7 @@ def test_steps_after_the_checkpoint_are_dropped(kept, lost, tmp_path):
     replay = fill(make_replay(11, 2, tmp_path), kept)
     online = replay.online
     fill(replay, lost)
-    resumed = make_replay(11, 2, tmp_path)
-    resumed.resume(kept, online)
+    resumed = make_replay(11, 2, tmp_path, kept, online)
     oldest = min(max(0, kept + lost - 11), kept)
     for step in range(kept, kept + 15):
         assert len(resumed) == 2 * max(0, min(step - oldest, 11) - 3)
@@ -2406,8 +2411,7 @@ def test_steps_after_the_checkpoint_are_dropped(kept, lost, tmp_path):
             assert min(starts) >= max(oldest, step - 11)
         fill(resumed, 1)
         if step == kept + 5:  # a second resume, in the middle of what was overwritten
-            online, resumed = resumed.online, make_replay(11, 2, tmp_path)
-            resumed.resume(step + 1, online)
+            resumed = make_replay(11, 2, tmp_path, step + 1, resumed.online)
     assert len(resumed) == 2 * 8
 
 
@@ -2416,10 +2420,11 @@ def test_replay_must_be_whole(damage, tmp_path):
     """Group J: a missing and a short file of the replay are named; the rest of the run stays."""
     folder, args = train_short(tmp_path)
     damage(folder / "replay.bin")
-    before = (folder / "checkpoint.pt").read_bytes()
+    content = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = content()
     with pytest.raises(UserError, match="replay.bin"):
         dreamer_v3.main(replace(args, resume=str(folder), total_timesteps=60))
-    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert content() == before
 
 
 def test_resume_refuses_changes(tmp_path):
