@@ -33,11 +33,13 @@ def foresee(folder, seed):
     torch.manual_seed(seed)
     agent, replay = trainer.agent, trainer.replay
     replay.online = replay.steps * replay.num_envs  # uniform draws only
-    while True:
+    for _ in range(1000):
         batch, index = replay.sample()
         whole = ~batch["is_first"][:, 1:].any(1)
         if whole.any():
             break
+    else:
+        sys.exit("every sequence of the replay has an episode's end inside")
     steps = dreamer_v3.to_device(batch | replay.read_latents(index), agent.device)
     recon = dreamer_v3.open_loop(agent.model, steps, SEEN)
     name, row = agent.spaces.images[0][0], int(whole.argmax())

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
 import tyro
 from test_dreamer_v3 import (
-    HERE, README, Args, Spaces, close, dreamer_v3, load_module, make_agent, read_metrics, short_run,
-    tiny,
+    HERE, PAGES, README, Args, Spaces, close, dreamer_v3, load_module, make_agent, read_metrics,
+    short_run, tiny,
 )  # fmt: skip
 
 
@@ -93,3 +94,29 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     assert all(result[name] > 0 for name in names)
     assert (result["device"], result["dtype"], result["size"]) == ("cpu", "float32", "1m")
     assert not list(tmp_path.iterdir())
+
+
+def test_parity_table():
+    """The script's table is that of docs/tests.md, but for the last digits; all is below 1e-10."""
+    command = [sys.executable, "results/parity/compare.py"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in done.stdout.splitlines() if row in PAGES["docs/tests.md"] or "e-" in row]
+    assert len(rows) == 12
+    for row in rows[2:]:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert f"| {cells[0]} | {cells[1]} |" in PAGES["docs/tests.md"]
+        numbers = [float(cell) for cell in cells[2:] if cell]
+        assert len(numbers) >= 2 and max(numbers) < 1e-10
+
+
+def test_dreams(tmp_path):
+    """Film and strip of a run from pixels."""
+    pytest.importorskip("PIL", reason="pip install pillow")
+    settings = dict(env_id="TestPainted-v0", pixels=True, batch_length=6, total_timesteps=80)
+    run = short_run(dreamer_v3, tmp_path, **settings)
+    module = load_module(HERE / "results/dreams.py", pytest.MonkeyPatch())
+    module.SEEN = 2
+    truth, model = module.foresee(run, 0)
+    assert truth.shape == model.shape == (6, 64, 64, 3)
+    assert module.panel((truth[0], model[0]), 0, "observes").size == (3 * 3 * 64, 3 * 64 + 34)
