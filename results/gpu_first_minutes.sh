@@ -22,7 +22,8 @@ def arrays(i):
     r, s, n, a = np.random.default_rng(i), (args.batch_size, args.batch_length + 1), args.network(), spaces.action_width
     b = {"obs": r.integers(0, 256, (*s, 64, 64, 3), np.uint8) if image else r.normal(size=(*s, 4)).astype("f4")}
     b |= {"action": np.eye(a, dtype="f4")[r.integers(0, a, s)], "reward": r.normal(size=s).astype("f4"), "deter": r.uniform(-1, 1, (s[0], n["deter"])).astype("f2")}
-    return b | {"stoch": r.integers(0, n["classes"], (s[0], args.stoch), np.uint8)} | {k: r.random(s) < 0.02 for k in ("is_first", "is_last", "is_terminal")}
+    b = {k: x if k == "deter" else x[:, 1:] for k, x in (b | {k: r.random(s) < 0.02 for k in ("is_first", "is_last", "is_terminal")}).items()}
+    return b | {"prev_action": b.pop("action"), "stoch": r.integers(0, n["classes"], (s[0], args.stoch), np.uint8)}
 def update(a, i): return a.train_step(d.to_device(arrays(i), a.device))
 def agent(compile, device=cuda, graphs=None): torch.manual_seed(0); return d.Agent(d.replace(args, compile=compile, cudagraphs=compile if graphs is None else graphs), spaces, device, dtype)
 def losses(a, n): return [{k: float(v) for k, v in update(a, i)[0].items() if k[:6] == "losses" and "clip" not in k} for i in range(n)]
@@ -57,7 +58,7 @@ def production():  # as in a run: compiled, captured, sampled
     print(sum(r[1] for r in rows), f"kernels, {sum(r[0] for r in rows):.2f} ms busy", *("%6.2f ms %5d x %s" % r for r in rows[:12]), sep="\n  ")
 exact() if dtype == torch.float32 else production()
 PYTHON
-stage env 60 $PY -c 'import torch, triton, dreamer_v3 as d; print(torch.__version__, triton.__version__, torch.cuda.get_device_name(), d.compiler_works(torch.device("cuda")))'
+stage env 60 $PY -c 'import torch, triton, dreamer_v3 as d; print(torch.__version__, triton.__version__, torch.cuda.get_device_name()); torch.compile(torch.sin)(torch.zeros(8, device="cuda")); print("torch.compile works")'
 stage exact 220 $PY "$T/check.py" vector float32; stage vector 220 $PY "$T/check.py" vector bfloat16; stage image 280 $PY "$T/check.py" image bfloat16
 stage bench_vector 150 $PY "${bench[@]}" --env-id CartPole-v1 --size 1m; stage bench_image 170 $PY "${bench[@]}" --env-id ALE/MsPacman-v5
 stage run 200 bash -c 'r="--run-dir $T/runs --env-id CartPole-v1 --size 1m --num-envs 4 --train-ratio 512 --eval-every 1500 --eval-episodes 8 --report-every 1500 --save-every 500"; $PY dreamer_v3.py $r --total-timesteps 2500 | tail -6
