@@ -130,9 +130,7 @@ class Args:
     save_every: int = 2_500  # Agent steps between checkpoints.
     report_every: int = 2_500  # Agent steps between pictures of predictions; 0: never.
 
-    size: Literal[*SIZES] = (
-        "12m"  # Parameters, roughly; each of the next five flags changes one width.
-    )
+    size: Literal[*SIZES] = "12m"  # Parameters, roughly; the next five flags change one width each.
     deter: int | None = None  # Width of the recurrent state (D).
     hidden: int | None = None  # Width of the hidden layers of the RSSM.
     classes: int | None = None  # Classes of each latent variable (K).
@@ -150,9 +148,7 @@ class Args:
     gamma: float = 1 - 1 / 333  # Discount for one agent step.
     return_lambda: float = 0.95  # Lambda of the returns: 0 trusts the critic after one step.
     ent_coef: float = 3e-4  # Weight of the actor's entropy, in normalised return per nat.
-    actor_unimix: float = (
-        0.01  # Uniform share of a discrete policy (0 by oversight in the reference).
-    )
+    actor_unimix: float = 0.01  # Uniform share of a discrete policy (reference: 0, by oversight).
     beta_val: float = 1.0  # Weight of the critic loss on imagined trajectories.
     beta_repval: float = 0.3  # Weight of the critic loss on replayed sequences.
     slow_reg: float = 1.0  # Weight of the slow critic as second target in both critic losses.
