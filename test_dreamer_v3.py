@@ -1745,7 +1745,7 @@ ERRORS = {
     "frames of none": ("stack_num", """--env-id ALE/Pong-v5 --env-kwargs '{"stack_num": 0}'"""),
     "frames as a word": ("Pong", """--env-id ALE/Pong-v5 --env-kwargs '{"stack_num": "4"}'"""),
     "no room": (
-        "no 1.*GB",
+        "GB for the replay",
         "+ --run-dir new --buffer-size 99999999999 --total-timesteps 99999999999",
     ),
     "deprecated": ("Taxi-v4", "--env-id Taxi-v3"),

@@ -458,7 +458,7 @@ def side_by_side():
                     [{"x": x, "y": y} for x, y in zip(c["xs"], c["ys"], strict=True)] for c in same
                 ]
                 label = f"{label}, {len(same)} seed{'s' * (len(same) > 1)}"
-                band(axis, runs, "x", "y", count=14, label=label, color=color, lw=2)
+                band(axis, runs, "x", "y", count=10, label=label, color=color, lw=2)
         lines = {"random": chance[task]["mean"], "solved": chance[task]["solved"]}
         for text, y in lines.items():
             if y is not None:
@@ -468,8 +468,9 @@ def side_by_side():
         axis.set_xlabel("agent steps")
         axis.set_ylabel("return of training episodes")
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axis.legend(frameon=False, loc="lower right" if len(tasks) > 1 else "center right")
-    fig.tight_layout()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="lower center", ncol=2, frameon=False)
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
     fig.savefig(HERE / "side_by_side.png", dpi=120)
 
 
