@@ -52,6 +52,7 @@ def readme_diff(name, folder):
 
 COMMANDS = [command for command in page_commands() if "--help" not in command]
 NEEDS = {"shimmy": "'shimmy[dm-control]' 'mujoco<4'", "crafter": "crafter", "minigrid": "minigrid"}
+NEEDS["pygame"] = "pygame"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
@@ -65,7 +66,7 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
         words = [word.replace("runs/RUN", str(folder)) for word in words]
     args = parse_words(monkeypatch, *words)
     for module in NEEDS:
-        if module in args.env_id:
+        if module in args.env_id or module == "pygame" and args.pixels:
             pytest.importorskip(module, reason=f"pip install {NEEDS[module]}")
     if args.capture_video and not importlib.util.find_spec("moviepy"):
         with pytest.raises(UserError, match="pip install 'moviepy'"):
