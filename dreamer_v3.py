@@ -1,13 +1,13 @@
 """DreamerV3 in one file: a world model learned from replay, an actor and a critic trained in it.
 
 Paper: Hafner, Pasukonis, Ba, Lillicrap, "Mastering diverse control tasks through world models"
-(Nature 2025). Equations are numbered as in arXiv:2301.04104v2. Results equal those of the authors'
-code, github.com/danijar/dreamerv3 at commit e3f0224 ("the reference"). [D1] ... [D25] mark details
-of it that the paper does not spell out; the README explains them.
+(Nature 2025). Equations are numbered as in arXiv:2301.04104v2. The tests compare results with those
+of the authors' code, github.com/danijar/dreamerv3 at commit e3f0224 ("the reference"). [D1] ...
+[D25] mark details of it that the paper does not spell out; docs/algorithm.md explains them.
 
-    python dreamer_v3.py --env-id ALE/MsPacman-v5
-    python dreamer_v3.py --env-id CartPole-v1 --size 1m --num-envs 4 --total-timesteps 10000
-    python dreamer_v3.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20
+    python dreamer_v3.py --preset atari100k --env-id ALE/MsPacman-v5
+    python dreamer_v3.py --preset cpu --env-id CartPole-v1
+    python dreamer_v3.py --evaluate runs/<run> --eval-episodes 20
     python dreamer_v3.py --resume runs/<run>
 
 Dimensions: B replay batch, T replay time, H imagined steps, N = B*T imagined trajectories, A action
@@ -82,7 +82,7 @@ PRESETS = {
     "atari100k": dict(total_timesteps=100_000, num_envs=1, train_ratio=128,
         env_kwargs='{"repeat_action_probability": 0.0}'),
     "atari": dict(total_timesteps=50_000_000, num_envs=16, train_ratio=32,
-        env_kwargs='{"full_action_space": true}'),
+        env_kwargs='{"repeat_action_probability": 0.25, "full_action_space": true}'),
     "dmc_proprio": DMC | dict(total_timesteps=250_000),
     "dmc_vision": DMC | dict(total_timesteps=500_000, pixels=True),
     "crafter": dict(env_id="crafter_env:Crafter-v0", total_timesteps=1_000_000, train_ratio=512),
@@ -343,7 +343,7 @@ def init_(layer, inputs, outscale=1.0):
     return layer
 
 
-def linear(in_dim, out_dim, outscale=1.0):
+def linear_layer(in_dim, out_dim, outscale=1.0):
     """Linear layer: (..., in) -> (..., out)."""
     return init_(nn.Linear(in_dim, out_dim), in_dim, outscale)
 
@@ -352,7 +352,7 @@ class BlockLinear(nn.Module):
     """Linear with a block-diagonal matrix: each of G groups of inputs feeds its group of outputs.
 
     (..., in) -> (..., out); the weight is (G, in/G, out/G). Its initial variance is 1/in as in the
-    reference, not G/in: every block starts sqrt(G) smaller than a Linear of its size. [D3]
+    reference, not G/in: every block starts sqrt(G) smaller than a linear layer of its size. [D3]
     """
 
     def __init__(self, in_dim, out_dim, blocks):
@@ -436,15 +436,15 @@ class NormSiLU(nn.Module):
         return F.silu(F.rms_norm(f32(x), self.scale.shape, self.scale, eps=1e-4))
 
 
-def dense(in_dim, out_dim):
+def dense_layer(in_dim, out_dim):
     """Linear layer and NormSiLU: (..., in) -> (..., out)."""
-    return nn.Sequential(linear(in_dim, out_dim), NormSiLU(out_dim))
+    return nn.Sequential(linear_layer(in_dim, out_dim), NormSiLU(out_dim))
 
 
 def mlp(in_dim, units, layers, out_dim=None, outscale=1.0):
     """`layers` dense layers of width `units`, and a linear one to `out_dim`, if given. [D2]"""
-    net = [dense(in_dim if i == 0 else units, units) for i in range(layers)]
-    return nn.Sequential(*net, *([linear(units, out_dim, outscale)] if out_dim else []))
+    net = [dense_layer(in_dim if i == 0 else units, units) for i in range(layers)]
+    return nn.Sequential(*net, *([linear_layer(units, out_dim, outscale)] if out_dim else []))
 
 
 # ---- 5. Encoder and decoder (paper: World model learning) ----------------------------------------
@@ -505,7 +505,8 @@ class Decoder(nn.Module):
         self.spaces = spaces
         if spaces.vectors:
             self.mlp = mlp(stoch + deter, units, 3)
-            self.vector_outs = nn.ModuleList(linear(units, width) for _, width, _ in spaces.vectors)
+            widths = [width for _, width, _ in spaces.vectors]
+            self.vector_outs = nn.ModuleList(linear_layer(units, width) for width in widths)
         if spaces.images:
             widths = [depth * factor for factor in reversed(CHANNEL_FACTORS)]
             cells = FINAL_SIZE**2 * widths[0]
@@ -586,15 +587,15 @@ class RSSM(nn.Module):
         super().__init__()
         self.deter_dim, self.stoch_shape = deter, (stoch, classes)
         self.blocks, self.unimix = blocks, unimix
-        self.deter_in = dense(deter, hidden)
-        self.stoch_in = dense(stoch * classes, hidden)
-        self.action_in = dense(action_width, hidden)
+        self.deter_in = dense_layer(deter, hidden)
+        self.stoch_in = dense_layer(stoch * classes, hidden)
+        self.action_in = dense_layer(action_width, hidden)
         self.hidden_layer = BlockLinear(deter + 3 * hidden * blocks, deter, blocks)
         self.hidden_norm = NormSiLU(deter)
         self.gru = BlockLinear(deter, 3 * deter, blocks)
         self.prior_net = mlp(deter, hidden, 2, stoch * classes)
-        self.posterior_in = dense(deter + embed_dim, hidden)
-        self.posterior_out = linear(hidden, stoch * classes)
+        self.posterior_in = dense_layer(deter + embed_dim, hidden)
+        self.posterior_out = linear_layer(hidden, stoch * classes)
 
     def initial(self, batch_size):
         """The state before the first step: deter (B, D), stoch (B, S, K), zeros."""
@@ -722,8 +723,8 @@ class Actor(nn.Module):
         self.classes, self.unimix = spaces.action_classes, unimix
         self.mlp = mlp(feat_dim, units, 3)
         names = ("logits",) if self.classes else ("mean", "std")
-        outs = {name: linear(units, spaces.action_width, outscale=0.01) for name in names}  # [D2]
-        self.outs = nn.ModuleDict(outs)
+        out = lambda: linear_layer(units, spaces.action_width, outscale=0.01)  # [D2]
+        self.outs = nn.ModuleDict({name: out() for name in names})
 
     def forward(self, feat):
         x = self.mlp(feat)
@@ -1214,7 +1215,7 @@ class Replay:
             starts.append((i % self.num_envs, self.oldest + i // self.num_envs))
         envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
         rows = (first + np.arange(self.window)) % self.length  # (B, T+1)
-        names = set(self.names) - {"action", "deter", "stoch"}
+        names = [name for name in self.names if name not in ("action", "deter", "stoch")]
         batch = {name: self.data[name][rows[:, 1:], envs] for name in names}
         batch["prev_action"] = self.data["action"][rows[:, :-1], envs]
         # An episode cut off by a restart ends where the next one begins.
@@ -1260,7 +1261,8 @@ def make_envs(args, num_envs, video=None):
         # The C++ environment takes the maximum over two frames and resizes (that of a video does
         # not). Rewards and lives stay as the game has them.
         defaults = dict(img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1)
-        kwargs = defaults | dict(use_fire_reset=False, reward_clipping=False) | kwargs
+        defaults |= dict(use_fire_reset=False, reward_clipping=False, episodic_life=False)
+        kwargs = defaults | kwargs
     if args.action_repeat > 1:
         wrappers.append(lambda env: gym.wrappers.RepeatAction(env, args.action_repeat))
     if args.pixels and not atari:
@@ -1352,7 +1354,7 @@ class Environments:
 
     def __init__(self, args, num_envs, seed, video=None):
         self.envs, self.num_envs, self.seed = make_envs(args, num_envs, video), num_envs, seed
-        self.steps, self.action_space = 0, self.envs.single_action_space
+        self.action_space = self.envs.single_action_space
         classes, shape = discrete_classes(self.action_space), self.action_space.shape
         if not (classes or isinstance(self.action_space, gym.spaces.Box)) or 0 in shape:
             raise UserError(f"actions of the space {self.action_space} are not supported")
@@ -1397,7 +1399,7 @@ class Environments:
         self.entry |= dict(reward=reward.astype(np.float32), is_first=is_first)
         self.entry |= dict(is_last=terminal | truncated, is_terminal=terminal)
         for name, x in self.entry.items():
-            if not np.isfinite(x).all():
+            if x.dtype == np.float32 and not np.isfinite(x).all():
                 raise ValueError(f"{name} is not finite")
 
     @contextlib.contextmanager
@@ -1660,7 +1662,7 @@ def evaluate_checkpoint(args, device, stop):
     returns = evaluate(player.agent, args, args.eval_episodes, stop=stop)
     if len(returns):
         print(f"{args.env_id} after {checkpoint['step']:,} agent steps: {summary(returns)}")
-    if args.capture_video:
+    if args.capture_video and not stop:
         videos = checkpoint["folder"] / f"videos/step_{checkpoint['step']}"
         evaluate(player.agent, args, 1, videos, stop)
         print(f"video in {videos}")
@@ -1773,7 +1775,8 @@ def load_checkpoint(path):
         with warnings.catch_warnings(action="ignore"):  # torch warns of foreign pickles
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = {"agent", "online", "size", "seconds", "random", "random_cuda", *Trainer.counters}
-        assert needed <= checkpoint.keys()
+        if not needed <= checkpoint.keys():
+            raise KeyError(needed - checkpoint.keys())
         return checkpoint | {"args": Args(**checkpoint["args"]), "folder": path.resolve().parent}
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
@@ -1886,8 +1889,8 @@ def open_run(args, device, dtype):
     words, shown = [], PRESETS.get(args.preset, {})
     for k, v in asdict(args).items():
         if v != getattr(Args, k) or k in shown:
-            switch = f"--{'' if v else 'no-'}{k}".replace("_", "-")
-            words += [switch] if isinstance(v, bool) else [f"--{k}".replace("_", "-"), str(v)]
+            flag = f"--{'no-' if v is False else ''}{k}".replace("_", "-")
+            words += [flag] if isinstance(v, bool) else [flag, str(v)]
     print("flags       ", shlex.join(words))
     print(f"environment  {args.env_id} x {args.num_envs}: {envs.spaces}")
     print(f"networks     {size:,} parameters on {gpu}, {dtype}")
@@ -1897,8 +1900,8 @@ def open_run(args, device, dtype):
 
 
 def is_due(every, step, num_envs):
-    """Whether the last step of `num_envs` passed a multiple of `every`; never if that is 0."""
-    return every and step % every < num_envs
+    """Whether the last `num_envs` agent steps passed a multiple of `every`; never if that is 0."""
+    return every and step and step % every < num_envs
 
 
 def main(args, stop=()):

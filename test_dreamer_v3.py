@@ -6,7 +6,7 @@
 References are written from the paper with explicit loops in float64. A `check_*` function is called
 twice: by its test, and by group H, which plants a known mistake and requires that the check fails.
 Groups: A numerics, B alignment, C wiring, D spaces, E checkpoints and command line, F learning,
-G documents (docs/test_pages.py), H mutations, P parity. On two CPU cores all takes a few minutes.
+G documents (docs/test_pages.py), H mutations, P parity. Two CPU cores take five to ten minutes.
 """
 
 import ast
@@ -1630,7 +1630,7 @@ def test_table_of_presets():
             "train ratio": int(args.train_ratio),
             "action repeat": args.action_repeat,
             "size": args.size,
-            "sticky actions": "no" if kwargs.get(sticky) == 0 else "yes",
+            "sticky actions": {0.0: "no", 0.25: "yes"}.get(kwargs.get(sticky)),
             "all 18 actions": "yes" if kwargs.get("full_action_space") else "no",
             "picture": "64x64 RGB",
         }
@@ -2542,15 +2542,27 @@ def test_fault_on_the_command_line(tmp_path):
 
 def test_a_start_that_fails(tmp_path, monkeypatch):
     """Group J: it leaves no folder, whether a first observation is wrong or the process ends."""
-    nothing = {"a": np.full(2, np.nan, np.float32), "b": 0}
+    nothing, closed = {"a": np.full(2, np.nan, np.float32), "b": 0}, []
+    close_envs = lambda original, envs: closed.append(envs) or original(envs)
+    wrap(monkeypatch, dreamer_v3.Environments, "close", close_envs)
     with monkeypatch.context() as patch:
         patch.setattr(Odd, "observe", lambda self: nothing)
         with pytest.raises(UserError, match="step 0: ValueError: obs/a is not finite"):
             dreamer_v3.main(odd_args(tmp_path))
     monkeypatch.setattr(dreamer_v3, "save_checkpoint", lambda *args: broken(None))
-    with pytest.raises(RuntimeError):
-        dreamer_v3.main(odd_args(tmp_path))
-    assert not list(tmp_path.iterdir())
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(RuntimeError):
+            dreamer_v3.main(odd_args(folder))
+    assert not list(tmp_path.iterdir()) and len(closed) == 3
+
+
+def test_what_is_due():
+    """Group C: every multiple is met once, also where environments step over it; never at 0."""
+    for every, n in itertools.product((1, 3, 4, 10), (1, 3, 4, 7)):
+        steps = range(0, 200, n)
+        due = [step for step in steps if dreamer_v3.is_due(every, step, n)]
+        assert due == [step for step in steps if step // every > max(0, step - n) // every]
+    assert not any(dreamer_v3.is_due(0, step, 1) for step in range(9))
 
 
 def test_results_of_other_types():
@@ -2765,16 +2777,18 @@ def test_signals(number, async_envs, tmp_path):
     goes_on(folder, step, step + 10)
 
 
-def test_second_signal(tmp_path):
-    """Group J: a second signal ends a run at once, whatever it is doing."""
-    process, _ = start_endless(tmp_path, "TestOdd-v0", env_kwargs='{"fault": "stuck"}')
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_second_signal(async_envs, tmp_path):
+    """Group J: a second signal ends a run at once, whatever it is doing, and its workers."""
+    odd = dict(env_kwargs='{"fault": "stuck"}', async_envs=async_envs)
+    process, _ = start_endless(tmp_path, "TestOdd-v0", **odd)
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
-    process.communicate()
+    assert "Traceback" not in process.communicate(timeout=5)[1]  # until the last one has ended
 
 
 @slow
@@ -3528,7 +3542,7 @@ def test_lambda_return(float64):
 
 
 LAYERS = {  # our layer, the authors' name, shapes of kernel and input, name of the input
-    "linear": (lambda: dreamer_v3.linear(8, 6), "A_lin", (8, 6), (3, 8)),
+    "linear": (lambda: dreamer_v3.linear_layer(8, 6), "A_lin", (8, 6), (3, 8)),
     "blocklinear": (lambda: dreamer_v3.BlockLinear(8, 12, 4), "A_blk", (4, 2, 3), (3, 8)),
     "conv5same": (lambda: dreamer_v3.Conv(3, 4), "A_conv", (5, 5, 3, 4), (2, 8, 8, 3)),
 }

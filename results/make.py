@@ -576,4 +576,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        sys.exit(f"this needs {error.name}: pip install {error.name}")
