@@ -46,6 +46,7 @@ import operator
 import os
 import re
 import shlex
+import shutil
 import signal
 import struct
 import sys
@@ -61,10 +62,15 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+# Of the processes that torchrun started: the number of this one, and on its machine; how many.
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- 1. Arguments (paper: Extended Data Tables 3 and 4) ------------------------------------------
 
@@ -245,6 +251,14 @@ def one_hot(index, classes):
     return hot.to(torch.get_default_dtype())
 
 
+def draw(random, shape, device):
+    """Random numbers of a shape. Each process draws those of all, and takes its own part.
+
+    So all of them keep the same generator, and N processes together draw what one would.
+    """
+    return random(WORLD_SIZE, *shape, device=device)[RANK]
+
+
 def mixed_probs(logits, unimix):
     """(1 - unimix) softmax(logits) + unimix / K over the last axis [D4]: (..., K)."""
     return (1 - unimix) * f32(logits).softmax(-1) + unimix / logits.shape[-1]
@@ -284,7 +298,8 @@ class Categoricals:
         probs = [log_prob.detach().exp() for log_prob in self.log_probs]
         if greedy:
             return torch.cat([one_hot(p.argmax(-1), p.shape[-1]) for p in probs], -1)
-        return torch.cat([sample_one_hot(p, torch.rand_like(p[..., 0])) for p in probs], -1)
+        draws = [draw(torch.rand, p.shape[:-1], p.device) for p in probs]
+        return torch.cat(list(map(sample_one_hot, probs, draws)), -1)
 
     def log_prob(self, action):
         """(..., A) -> (...)."""
@@ -310,7 +325,7 @@ class BoundedNormals:
     def sample(self, greedy=False):
         """A sample, or the mean: (..., A), without gradient."""
         mean, std = self.mean.detach(), self.std.detach()
-        return mean if greedy else mean + std * torch.randn_like(mean)
+        return mean if greedy else mean + std * draw(torch.randn, mean.shape, mean.device)
 
     def log_prob(self, action):
         """(..., A) -> (...)."""
@@ -682,7 +697,7 @@ class RSSM(nn.Module):
         # is 0 there. It masks the action here and the state in `observe_step`. [D9]
         keep = (~is_first).to(deter.dtype).T.unsqueeze(-1)  # (T, B, 1)
         action_embed = self.embed_action(prev_action.transpose(0, 1) * keep)  # (T, B, hidden)
-        uniform = torch.rand(length, batch, self.stoch_shape[0], device=embed.device)
+        uniform = draw(torch.rand, (batch, length, self.stoch_shape[0]), embed.device)
         layer = self.posterior_in[0]
         from_embed = F.linear(embed.transpose(0, 1), layer.weight[:, self.deter_dim :], layer.bias)
         addends, weights, inputs = {}, {}, {}
@@ -690,7 +705,7 @@ class RSSM(nn.Module):
             inputs[name], weights[name] = [], weight.detach()  # the loop below fills the list
             bias = from_embed if bias is None else bias.expand(length, *bias.shape[:-2], batch, -1)
             addends[name] = StepLinear.apply(weight, bias, inputs[name]).unbind(0)
-        states, steps = [], zip(keep, uniform, action_embed, strict=True)
+        states, steps = [], zip(keep, uniform.transpose(0, 1), action_embed, strict=True)
         for t, step in enumerate(steps):
             now = {name: addend[t] for name, addend in addends.items()}
             *state, inputs_t = self.observe_step(deter, stoch, *step, now, weights)
@@ -709,7 +724,7 @@ class RSSM(nn.Module):
 
         deter = self.sequence_model(deter, stoch, self.embed_action(action), linear)
         probs = mixed_probs(self.prior(deter), self.unimix)
-        return deter, sample_one_hot(probs, torch.rand_like(probs[..., 0]))
+        return deter, sample_one_hot(probs, draw(torch.rand, probs.shape[:-1], probs.device))
 
 
 # ---- 7. All networks; the world model's loss (paper: World model learning, Eq. 2-3) --------------
@@ -840,6 +855,14 @@ def lambda_return(reward, value, cont, last, return_lambda):
     return torch.stack(returns[::-1], 1)
 
 
+@torch.compiler.disable
+def gather(x):
+    """The tensors x (n, ...) of all processes, one below the other: (WORLD_SIZE * n, ...)."""
+    parts = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 def critic_loss(logits, slow_value, returns, model, args):
     """Regression to the returns and, to steady it, to the slow critic (Eq. 5) [D15]: (...)."""
     to_slow = twohot_loss(logits, slow_value, model.bins)
@@ -862,7 +885,8 @@ def actor_critic_loss(model, feat, action, args):
         returns = lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
 
         # Return range S (Eq. 7), over the whole batch. A range below 1 counts as 1. [D17]
-        percentiles = torch.stack([torch.quantile(returns, q) for q in (0.05, 0.95)])
+        everyone = gather(returns) if WORLD_SIZE > 1 else returns
+        percentiles = torch.stack([torch.quantile(everyone, q) for q in (0.05, 0.95)])
         model.return_range.lerp_(percentiles, args.return_rate)
         low, high = model.return_range.clone()
         return_scale = (high - low).clamp(min=1)
@@ -1021,6 +1045,7 @@ class Agent:
 
     def __init__(self, args, spaces, device="cpu", dtype=torch.float32):
         self.args, self.spaces, self.device = args, spaces, torch.device(device)
+        self.gpus = [self.device] if self.device.type == "cuda" else []
         self.model = Dreamer(args, spaces).to(self.device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.params, args)
@@ -1105,7 +1130,12 @@ class Agent:
         """
         with self.autocast:
             total, metrics, deter, stoch = self.loss(batch)
-        metrics |= self.optimizer.step(torch.autograd.grad(total, self.params))
+        grads = torch.autograd.grad(total, self.params)
+        if WORLD_SIZE > 1:  # the mean over all processes, in one message
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat / WORLD_SIZE, grads)
+        metrics |= self.optimizer.step(grads)
         slow, critic = self.model.slow_critic.parameters(), self.model.critic.parameters()
         with torch.no_grad():
             torch._foreach_lerp_(list(slow), list(critic), self.args.tau)
@@ -1138,7 +1168,8 @@ class Replay:
     Sequences cross episodes: the RSSM resets at is_first. An entry is one step of all environments:
     arrays are (length, num_envs, ...). They are one file mapped into memory: what was written
     survives the process, and a checkpoint need not copy it. Goes on from the file as it was after
-    `steps` of each stream. Raises UserError if it is damaged, or there is no room.
+    `steps` of each stream. Of several processes, each keeps its own streams, and samples its part
+    of a batch from them. Raises UserError if it is damaged, or there is no room.
     """
 
     def __init__(self, path, length, spaces, rssm, args, steps=0, online=0):
@@ -1151,11 +1182,11 @@ class Replay:
             ("deter", np.float16, (rssm.deter_dim,)),
             ("stoch", np.uint8, (rssm.stoch_shape[0],)),
         ]
+        self.length, self.num_envs = length, args.num_envs // WORLD_SIZE
+        self.batch_size, self.window = args.batch_size // WORLD_SIZE, args.batch_length + 1
         self.names = [name for name, _, _ in fields]
-        fields = [(name, kind, (args.num_envs, *shape)) for name, kind, shape in fields]
+        fields = [(name, kind, (self.num_envs, *shape)) for name, kind, shape in fields]
         entry = np.dtype([("step", np.int64), *fields], align=True)
-        self.length, self.num_envs = length, args.num_envs
-        self.batch_size, self.window = args.batch_size, args.batch_length + 1
         self.steps = steps  # written to each stream so far; step i is at i % length
         self.online = online  # windows of new steps that are done with, over all streams
         before, size = path.stat().st_size if path.exists() else 0, length * entry.itemsize
@@ -1211,7 +1242,8 @@ class Replay:
             self.online += 1
             if window * self.window >= self.oldest:
                 starts.append((env, window * self.window))
-        for i in torch.randint(len(self), (self.batch_size - len(starts),)).tolist():
+        draws = torch.randint(len(self), (WORLD_SIZE, self.batch_size - len(starts)))  # as `draw`
+        for i in draws[RANK].tolist():
             starts.append((i % self.num_envs, self.oldest + i // self.num_envs))
         envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
         rows = (first + np.arange(self.window)) % self.length  # (B, T+1)
@@ -1525,13 +1557,13 @@ class Trainer:
     def __init__(self, args, envs, agent, folder, checkpoint=None):
         self.args, self.envs, self.agent, n = args, envs, agent, args.num_envs
         steps = max(args.total_timesteps, checkpoint["step"] if checkpoint else 0) + n
-        length = math.ceil(min(args.buffer_size, steps) / n)
+        length = math.ceil(min(args.buffer_size, steps) / n)  # of each stream
         if agent.device.type == "cpu":
             keep_freed_memory()
         self.step = self.updates = self.evaluated = 0  # evaluated: step of the last evaluation
         self.updates_per_step = args.train_ratio / (args.batch_size * args.batch_length)
         self.credit = float(self.updates_per_step > 0)  # updates owed; the first one at once
-        self.starts_needed = args.batch_size * args.batch_length  # before training begins [D22]
+        self.starts_needed = args.batch_size // WORLD_SIZE * args.batch_length  # for training [D22]
         self.batch, self.metrics = None, {}  # of the latest update
         self.pending = None  # index and latent states of the latest update, not yet stored
         if checkpoint:
@@ -1542,10 +1574,11 @@ class Trainer:
             if agent.device.type == "cuda" and checkpoint["random_cuda"] is not None:
                 torch.cuda.set_rng_state(checkpoint["random_cuda"], agent.device)
         envs.reset()
-        self.carry = agent.initial(n)
-        written = (self.step // n, checkpoint["online"]) if checkpoint else ()
-        path, rssm = folder / "replay.bin", agent.model.rssm
-        self.replay = Replay(path, length, envs.spaces, rssm, args, *written)
+        self.carry = agent.initial(n // WORLD_SIZE)
+        path, written = folder / f"replay{RANK or ''}.bin", ()
+        if checkpoint and checkpoint["processes"] == WORLD_SIZE:  # otherwise it fills anew
+            written = checkpoint["replay"]
+        self.replay = Replay(path, length, envs.spaces, agent.model.rssm, args, *written)
 
     def collect_and_train(self):
         """One step of every environment and the updates due: episodes as of `Environments.step`."""
@@ -1594,9 +1627,9 @@ def evaluate(agent, args, episodes, video=None, stop=()):
     short episodes. Ends at once, with fewer, when something is put into the list `stop`.
     """
     num_envs = 1 if video else min(episodes, 8)
-    envs, returns = Environments(args, num_envs, args.seed + 10_000, video), []
     remaining = np.array([len(range(i, episodes, num_envs)) for i in range(num_envs)])
-    try:
+    envs, returns = Environments(args, num_envs, args.seed + 10_000, video), []
+    with contextlib.closing(envs), torch.random.fork_rng(agent.gpus):  # the run's stay as they are
         envs.reset()
         carry = agent.initial(num_envs)
         while remaining.any() and not stop:
@@ -1605,8 +1638,6 @@ def evaluate(agent, args, episodes, video=None, stop=()):
                 if remaining[env]:
                     returns.append(episode_return)
                     remaining[env] -= 1
-    finally:
-        envs.close()
     return np.array(returns)
 
 
@@ -1693,8 +1724,8 @@ def report(trainer, path):
     """
     trainer.finish_update()
     agent, steps, seen = trainer.agent, trainer.batch, trainer.args.batch_length // 2
-    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
-        recon = open_loop(agent.model, steps, seen)  # the run goes on undisturbed
+    with torch.random.fork_rng(agent.gpus):  # the run goes on undisturbed
+        recon = open_loop(agent.model, steps, seen)
     losses = agent.model.decoder.losses(recon, steps)
     same_episode = steps["is_first"][:, seen:].cumsum(1) == 0  # nobody can predict the next one
     metrics = {f"dreams/{k}": loss[:, seen:][same_episode].mean() for k, loss in losses.items()}
@@ -1741,11 +1772,14 @@ def save_checkpoint(path, trainer, logger=None):
     never half of one. What a broken update left is not saved.
     """
     trainer.finish_update()
+    if RANK:
+        return  # the first process writes it
     cuda = trainer.agent.device.type == "cuda"
     state = {
         "args": asdict(trainer.args),
         "agent": trainer.agent.state_dict(),
-        "online": trainer.replay.online,
+        "replay": (trainer.replay.steps, trainer.replay.online),
+        "processes": WORLD_SIZE,
         "size": os.fstat(logger.file.fileno()).st_size if logger else 0,
         "seconds": time.time() - logger.began if logger else 0.0,
         "random": torch.get_rng_state(),
@@ -1774,9 +1808,8 @@ def load_checkpoint(path):
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of foreign pickles
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        needed = {"agent", "online", "size", "seconds", "random", "random_cuda", *Trainer.counters}
-        if not needed <= checkpoint.keys():
-            raise KeyError(needed - checkpoint.keys())
+        needed = "agent replay processes size seconds random random_cuda".split()
+        operator.itemgetter(*needed, *Trainer.counters)(checkpoint)  # raises KeyError
         return checkpoint | {"args": Args(**checkpoint["args"]), "folder": path.resolve().parent}
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
@@ -1815,6 +1848,10 @@ def check_args(args):
         raise UserError(f"--deter {deter} must be divisible by 8 and --blocks {args.blocks}")
     if args.action_repeat > 1 and args.env_id.split(":")[-1].startswith("ALE/"):
         raise UserError("--action-repeat: Atari has its own, --env-kwargs '{\"frameskip\": 4}'")
+    if args.evaluate and WORLD_SIZE > 1:
+        raise UserError("--evaluate is for one process: start it without torchrun")
+    if args.num_envs % WORLD_SIZE or args.batch_size % WORLD_SIZE:
+        raise UserError(f"{WORLD_SIZE} processes must divide --num-envs and --batch-size")
     if "" in (args.evaluate, args.resume) or (args.evaluate and args.resume):
         raise UserError("--evaluate and --resume need a path, and cannot go together")
     if args.evaluate and not args.eval_episodes:
@@ -1825,8 +1862,10 @@ def check_args(args):
 
 def choose_device(args):
     """The device, and the type of matrix products in an update."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
+    gpu = args.cuda and torch.cuda.is_available()
+    device = torch.device(f"cuda:{LOCAL_RANK}" if gpu else "cpu")
+    if gpu:
+        torch.cuda.set_device(device)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     else:
@@ -1856,9 +1895,8 @@ def open_run(args, device, dtype):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is {old} in this run, and must not become another")
         seed += 100_000 + checkpoint["step"]  # new episodes: not those of the start
-    if folder.exists() and not checkpoint:
-        raise UserError(f"{folder} exists already: start again, a second later")
-    envs = Environments(args, args.num_envs, seed)
+    n = args.num_envs // WORLD_SIZE
+    envs = Environments(args, n, seed + RANK * n)
     with contextlib.ExitStack() as undo:  # what was begun, if there is an error below
         undo.callback(envs.close)
         try:
@@ -1866,26 +1904,27 @@ def open_run(args, device, dtype):
         except RuntimeError as error:
             text = f"cannot make networks of this size: {first_line(error)}"
             raise UserError(text) from error
-        if checkpoint:
-            trainer = Trainer(args, envs, agent, folder, checkpoint)
-            logger = Logger(args, folder, trainer.step, checkpoint["size"], checkpoint["seconds"])
-        else:
+        if not checkpoint:
             envs.reset()
-            envs.step(np.zeros((args.num_envs, envs.spaces.action_width)))  # fail before a folder
-            if not folder.parent.exists():
-                folder.parent.mkdir(parents=True)
-                undo.callback(lambda: any(folder.parent.iterdir()) or folder.parent.rmdir())
-            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-                new = Path(aside) / "run"  # appears in its place with a checkpoint inside
-                new.mkdir()
-                trainer = Trainer(args, envs, agent, new)
-                save_checkpoint(new / "checkpoint.pt", trainer)
-                new.rename(folder)
-            logger = Logger(args, folder)
+            envs.step(np.zeros((n, envs.spaces.action_width)))  # fail before there is a folder
+            if not RANK:
+                folder.mkdir(parents=True)
+                undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            if WORLD_SIZE > 1:
+                dist.broadcast_object_list(shared := [folder])  # waits for the first process
+                folder = shared[0]
+        trainer = Trainer(args, envs, agent, folder, checkpoint)
+        written = (checkpoint["size"], checkpoint["seconds"]) if checkpoint else ()
+        logger = None if RANK else Logger(args, folder, trainer.step, *written)
+        if not checkpoint:
+            save_checkpoint(folder / "checkpoint.pt", trainer, logger)
         undo.pop_all()
     size, room = sum(p.numel() for p in agent.params), trainer.replay.data.nbytes / 1e9
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     after = f", resumed after step {trainer.step:,}" if checkpoint else ""
+    if checkpoint and checkpoint["processes"] != WORLD_SIZE:
+        after += f"; {checkpoint['processes']} processes filled the replay: it begins anew"
+    devices = f"{WORLD_SIZE} x {gpu}" if WORLD_SIZE > 1 else gpu
     words, shown = [], PRESETS.get(args.preset, {})
     for k, v in asdict(args).items():
         if v != getattr(Args, k) or k in shown:
@@ -1893,7 +1932,7 @@ def open_run(args, device, dtype):
             words += [flag] if isinstance(v, bool) else [flag, str(v)]
     print("flags       ", shlex.join(words))
     print(f"environment  {args.env_id} x {args.num_envs}: {envs.spaces}")
-    print(f"networks     {size:,} parameters on {gpu}, {dtype}")
+    print(f"networks     {size:,} parameters on {devices}, {dtype}")
     print(f"schedule     {trainer.updates_per_step:.3g} updates per agent step")
     print(f"run          {folder}, {room:.2f} GB of replay{after}", flush=True)
     return folder, trainer, logger
@@ -1904,13 +1943,26 @@ def is_due(every, step, num_envs):
     return every and step and step % every < num_envs
 
 
+def exchange(episodes, stop):
+    """Episodes that ended in all processes, and whether one of them is to stop; waits for all."""
+    everyone = [(episodes, list(stop))] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(everyone, everyone[0])
+    return sum((episodes for episodes, _ in everyone), []), any(stop for _, stop in everyone)
+
+
 def main(args, stop=()):
     """Train as `args` say, or evaluate. Returns the returns of the last evaluation.
 
     Ends after the step it is in, with a checkpoint, when something is put into the list `stop`.
+    With torchrun, this is one of several processes. They compute together what one would, and go
+    through this loop in step; the first one evaluates, logs and saves for all.
     """
     check_args(args)
     device, dtype = choose_device(args)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
@@ -1920,27 +1972,30 @@ def main(args, stop=()):
             Environments(args, 1, args.seed, videos).close()
     folder, trainer, logger = open_run(args, device, dtype)
     agent, step, n, returns = trainer.agent, trainer.step, args.num_envs, None
+    stopped, saved = False, folder / "checkpoint.pt"
     try:
-        while not stop:
+        while not stopped:
             finished = step >= args.total_timesteps
-            due = finished or is_due(args.eval_every, step, n)
-            if args.eval_episodes and due and step > trainer.evaluated:
+            every = 1 if finished else args.eval_every
+            due = every and step // every > trainer.evaluated // every
+            if logger and args.eval_episodes and due:
                 returns = evaluate(agent, args, args.eval_episodes, stop=stop)
-                if stop:
-                    break  # a resumed run makes up for it
-                trainer.evaluated = step
-                spread = {"eval/episodic_return_std": returns.std()}
-                logger.write(step, {"eval/episodic_return": returns.mean()} | spread)
-                logger.show(f"step {step:,}  evaluation: {summary(returns)}")
-                if args.capture_video:
+                if not stop:  # otherwise a resumed run makes up for it
+                    trainer.evaluated = step
+                    spread = {"eval/episodic_return_std": returns.std()}
+                    logger.write(step, {"eval/episodic_return": returns.mean()} | spread)
+                    logger.show(f"step {step:,}  evaluation: {summary(returns)}")
+                if args.capture_video and not stop:
                     evaluate(agent, args, 1, folder / f"videos/step_{step}", stop)
             if is_due(args.save_every, step, n):  # last, to keep the lines logged above
-                save_checkpoint(folder / "checkpoint.pt", trainer, logger)
+                save_checkpoint(saved, trainer, logger)
             if finished:
                 break
 
-            episodes = trainer.collect_and_train()
+            episodes, stopped = exchange(trainer.collect_and_train(), stop)
             step = trainer.step
+            if not logger:
+                continue
             for _, episode_return, length in episodes:
                 logger.returns.append(episode_return)
                 metrics = {"charts/episodic_return": episode_return}
@@ -1955,11 +2010,13 @@ def main(args, stop=()):
                 logger.write(step, metrics, picture)
     finally:
         try:
-            save_checkpoint(folder / "checkpoint.pt", trainer, logger)
-            logger.show(f"saved {folder / 'checkpoint.pt'} at step {trainer.step:,}")
+            save_checkpoint(saved, trainer, logger)
+            if logger:
+                logger.show(f"saved {saved} at step {trainer.step:,}")
         finally:
             trainer.envs.close()
-            logger.close()
+            if logger:
+                logger.close()
     return returns
 
 
@@ -1997,6 +2054,8 @@ def fail(message, status=2):
 def cli():
     """The command line."""
     sys.path.insert(0, os.getcwd())  # where module:Name-v0 is looked for first
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     args, stop = parse(), []
 
     def on_signal(number, frame):
@@ -2018,6 +2077,10 @@ def cli():
         main(args, stop)
     except (UserError, OSError, MemoryError) as error:
         fail(error, 128 + stop[0] if stop else 2)
+    except RuntimeError as error:
+        if not re.search("gloo|NCCL", str(error)):
+            raise
+        fail(f"another process has ended: {first_line(error)}")
     if stop:
         sys.exit(128 + stop[0])
 

@@ -6,7 +6,7 @@
 References are written from the paper with explicit loops in float64. A `check_*` function is called
 twice: by its test, and by group H, which plants a known mistake and requires that the check fails.
 Groups: A numerics, B alignment, C wiring, D spaces, E checkpoints and command line, F learning,
-G documents (docs/test_pages.py), H mutations, P parity. Two CPU cores take five to ten minutes.
+G documents (docs/test_pages.py), H mutations, L processes, P parity. Two cores take ten minutes.
 """
 
 import ast
@@ -26,6 +26,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -1515,7 +1516,7 @@ def holder(agent, **state):
     counters = dict.fromkeys(dreamer_v3.Trainer.counters, 0) | state
     return SimpleNamespace(
         **counters, args=agent.args, agent=agent, counters=dreamer_v3.Trainer.counters,
-        replay=SimpleNamespace(online=0), finish_update=lambda: None,
+        replay=SimpleNamespace(steps=0, online=0), finish_update=lambda: None,
     )  # fmt: skip
 
 
@@ -1746,7 +1747,7 @@ ERRORS = {
     "frames as a word": ("Pong", """--env-id ALE/Pong-v5 --env-kwargs '{"stack_num": "4"}'"""),
     "no room": (
         "GB for the replay",
-        "+ --run-dir new --buffer-size 99999999999 --total-timesteps 99999999999",
+        "+ --run-dir folder --buffer-size 99999999999 --total-timesteps 99999999999",
     ),
     "deprecated": ("Taxi-v4", "--env-id Taxi-v3"),
     "no picture to render": ("render", "--pixels " + CASE.format("vector")),
@@ -2280,12 +2281,13 @@ def train_short(tmp_path, **settings):
     return folder, args
 
 
-def start(*arguments, code="dreamer_v3.cli()", limit=None, group=False):
+def start(*arguments, code="dreamer_v3.cli()", limit=None, group=False, **variables):
     """Start dreamer_v3.py, or other code, in a new process that has this file's environments.
 
     Files may not become larger than `limit`. `group`: signals can be sent to it and its children.
+    variables: of its environment.
     """
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     code = f"import sys, dreamer_v3, {Path(__file__).stem}\n{code}"
@@ -2345,12 +2347,17 @@ def test_resume_is_exact(buffer_size, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     first, second = read_checkpoint(folder), read_checkpoint(other)
-    assert first.keys() == second.keys() >= {"agent", "random", "online", "credit", "updates"}
+    same_state(first, second)
+    assert (folder / "replay.bin").read_bytes() == (other / "replay.bin").read_bytes()
+
+
+def same_state(first, second):
+    """Require that two checkpoints are the same, bit for bit."""
+    assert first.keys() == second.keys() >= {"agent", "random", "replay", "credit", "updates"}
     for state in (first, second):
         del state["args"], state["size"], state["seconds"], state["folder"]
     for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    assert (folder / "replay.bin").read_bytes() == (other / "replay.bin").read_bytes()
 
 
 def test_resume_continues(tmp_path):
@@ -2480,7 +2487,8 @@ class Odd(gym.Env):
     action_space = gs.Discrete(2)
 
     def __init__(self, fault="", length=5, width=2):
-        self.fault, self.length, self.t = fault, length, 0
+        self.fault = fault or os.environ.get("FAULT", "")
+        self.length, self.t = length, 0
         a = gs.Box(-9, 9, (width,), np.float32)
         self.observation_space = gs.Dict({"a": a, "b": gs.Discrete(3)})
 
@@ -2553,7 +2561,7 @@ def test_a_start_that_fails(tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "new"):
         with pytest.raises(RuntimeError):
             dreamer_v3.main(odd_args(folder))
-    assert not list(tmp_path.iterdir()) and len(closed) == 3
+    assert not list(tmp_path.rglob("*TestOdd*")) and len(closed) == 3
 
 
 def test_what_is_due():
@@ -2681,13 +2689,13 @@ def test_signal_during_an_evaluation(tmp_path, monkeypatch):
     args = tiny(**settings)
     dreamer_v3.main(args, [])
     (folder,) = tmp_path.iterdir()
-    assert read_checkpoint(folder)["step"] == 20
+    assert read_checkpoint(folder)["step"] == 21
     args.resume = str(folder)
     dreamer_v3.main(args, [])
     assert read_checkpoint(folder)["step"] == 40
     assert len(dreamer_v3.main(args, [])) == 9
     evaluated = [x["step"] for x in read_metrics(folder) if "eval/episodic_return" in x]
-    assert evaluated == [20, 40] and not signals
+    assert evaluated == [21, 40] and not signals
     assert dreamer_v3.main(args, []) is None, "complete, and evaluated"
 
 
@@ -2951,16 +2959,18 @@ def test_report_of_a_run(tmp_path, monkeypatch):
 
 
 def test_report_changes_nothing(tmp_path):
-    """Group K: a run that is looked into is the same run, bit for bit."""
+    """Group K: a run that is looked into and evaluated is the same run, bit for bit."""
     runs = []
     for every in (0, 10):
         settings = dict(log_every=5, report_every=every, total_timesteps=60)
+        settings |= dict(eval_every=every, eval_episodes=every // 5, eval_sample=True)
         folder, _ = train_short(tmp_path / str(every), **settings)
-        lines = [x for x in read_metrics(folder) if "dreams/obs" not in x]
-        assert (len(lines) < len(read_metrics(folder))) == bool(every)
+        extra = {"dreams/obs", "eval/episodic_return"}
+        lines = [x for x in read_metrics(folder) if not extra & x.keys()]
+        assert (len(read_metrics(folder)) - len(lines) > 9) == bool(every)
         lines = [{k: v for k, v in x.items() if k not in MACHINE} for x in lines]
         state = read_checkpoint(folder)
-        state = {k: state[k] for k in ("agent", "online", "random", "updates", "credit")}
+        state = {k: state[k] for k in ("agent", "replay", "random", "updates", "credit")}
         state = [x.tolist() if isinstance(x, torch.Tensor) else x for x in tree_leaves(state)]
         runs.append((lines, state, (folder / "replay.bin").read_bytes()))
     assert runs[0] == runs[1] and any("losses/total" in line for line in runs[0][0])
@@ -3040,6 +3050,180 @@ def test_action_repeat():
     envs.close()
 
 
+# ---- L. Several processes ------------------------------------------------------------------------
+
+
+def start_two(*arguments, code="dreamer_v3.cli()", fault=""):
+    """Start two processes as torchrun does; `fault`: of the second one's odd environment."""
+    with socket.create_server(("localhost", 0)) as free:
+        shared = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+    shared |= dict(WORLD_SIZE="2")
+    ranks = [dict(RANK=str(i), LOCAL_RANK=str(i), FAULT=i * fault) for i in range(2)]
+    return [start(*arguments, code=code, **shared, **rank) for rank in ranks]
+
+
+def finish(processes):
+    """What the first process says; all of them must end well."""
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs[0][0]
+
+
+@in_float64
+def three_updates(path):
+    """Three updates on this process's part of a batch: writes all that they computed."""
+    results, rank, size = {}, dreamer_v3.RANK, dreamer_v3.WORLD_SIZE
+    if size > 1:
+        dreamer_v3.dist.init_process_group("gloo")
+    for name, spaces in {"mixed": MIXED, "continuous": CONTINUOUS}.items():
+        torch.manual_seed(3)
+        agent = make_agent(spaces, return_rate=0.5, agc_clip=0.05)
+        batch = make_batch(spaces, agent.args, batch=6)
+        own = {key: x.chunk(size)[rank] for key, x in batch.items()}
+        grads, step = [], agent.optimizer.step
+        agent.optimizer.step = lambda g, step=step, grads=grads: step(grads.append(g) or g)
+        parts = [agent.train_step(own)[1:] for _ in range(3)]
+        results[name] = {"all": (agent.state_dict(), grads), "part": parts}
+    torch.save(results, f"{path}/{size}-{rank}.pt")
+
+
+def test_processes_compute_what_one_would(tmp_path):
+    """Group L: gradients, return range, three updates and random numbers of two are those of one.
+
+    Both processes end with the same bits.
+    """
+    finish(start_two(str(tmp_path), code="test_dreamer_v3.three_updates(sys.argv[1])"))
+    three_updates(tmp_path)
+    one, first, second = (torch.load(tmp_path / f"{x}.pt") for x in ("1-0", "2-0", "2-1"))
+    for name in one:
+        everything = [tree_leaves(x[name]["all"]) for x in (one, first, second)]
+        for a, b, c in zip(*everything, strict=True):
+            if isinstance(a, torch.Tensor):
+                assert torch.equal(b, c)
+                close(b, a, rtol=1e-11, atol=1e-12)
+        parts = [tree_leaves(x[name]["part"]) for x in (one, first, second)]
+        for whole, b, c in zip(*parts, strict=True):
+            assert torch.equal(torch.cat([b, c]), whole)
+
+
+def test_processes_of_torchrun(tmp_path):
+    """Group L: a run of two processes has the steps, updates and episodes of one; one goes on."""
+    settings = dict(num_envs=2, total_timesteps=240, log_every=8, eval_every=120, eval_episodes=1)
+    settings |= dict(env_id="CartPole-v1", run_dir=str(tmp_path / "runs"))
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
+    words = [*torchrun, dreamer_v3.__file__, *flags(tiny(**settings))]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("parameters on 2 x CPU") == 1, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    files = {"checkpoint.pt", "metrics.jsonl", "replay.bin", "replay1.bin"}
+    assert {path.name for path in folder.iterdir() if "tfevents" not in path.name} == files
+    assert (folder / "replay.bin").read_bytes() != (folder / "replay1.bin").read_bytes()
+    state, lines = read_checkpoint(folder), read_metrics(folder)
+    assert (state["step"], state["processes"]) == (240, 2)
+    one = short_run(dreamer_v3, tmp_path / "one", **settings | {"run_dir": str(tmp_path / "one")})
+    assert state["updates"] == read_checkpoint(one)["updates"]
+    for name in ("losses/total", "eval/episodic_return"):
+        steps = [line["step"] for line in read_metrics(one) if name in line]
+        assert [line["step"] for line in lines if name in line] == steps and len(steps) > 1
+    ended = sum(x["charts/episodic_length"] for x in lines if "charts/episodic_length" in x)
+    assert ended > 130, "episodes of both processes, which have 120 steps each"
+
+    process = start("--resume", str(folder), "--total-timesteps", "260")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "2 processes filled the replay: it begins anew" in out, err
+    state = read_checkpoint(folder)
+    assert (state["step"], state["processes"], state["replay"][0]) == (260, 1, 10)
+    goes_on(folder, 260, 270)
+    for wrong in (["--num-envs", "3"], ["--batch-size", "3"]):
+        assert "2 processes must divide" in failed(start_two(*words[8:], *wrong)[0])
+    assert "for one process" in failed(start_two("--evaluate", str(folder))[0])
+
+
+PROCESSES = """
+import shutil, torch
+dreamer_v3.dist.init_process_group("gloo")
+args, cpu = test_dreamer_v3.tiny(**eval(sys.argv[1])), (torch.device("cpu"), torch.float32)
+torch.manual_seed(args.seed)
+folder, trainer, logger = dreamer_v3.open_run(args, *cpu)
+for _ in range(0 if args.resume else 20):
+    assert trainer.envs.entry["obs"][0, 0] == args.seed + dreamer_v3.RANK
+    trainer.collect_and_train()
+assert trainer.updates > 2
+dreamer_v3.save_checkpoint(folder / "checkpoint.pt", trainer, logger)
+dreamer_v3.dist.barrier()
+if not args.resume and not dreamer_v3.RANK:
+    shutil.copytree(folder, folder.parent / "other")
+dreamer_v3.dist.barrier()
+for _ in range(4):
+    trainer.train()
+dreamer_v3.save_checkpoint(folder / "checkpoint.pt", trainer, logger)
+"""
+
+
+def test_processes_resume_exactly(tmp_path):
+    """Group L: N + M updates are N updates, two new processes, and M updates, bit for bit."""
+    settings = dict(env_id="TestCounting-v0", num_envs=2, run_dir=str(tmp_path), dtype="float32")
+    finish(start_two(str(settings), code=PROCESSES))
+    other = tmp_path / "other"
+    (folder,) = set(tmp_path.iterdir()) - {other}
+    finish(start_two(str(settings | dict(resume=str(other))), code=PROCESSES))
+    same_state(read_checkpoint(folder), read_checkpoint(other))
+    for name in ("replay.bin", "replay1.bin"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+def start_two_endless(tmp_path, **settings):
+    """Start a run of two processes without end: they and its folder, after some updates."""
+    endless = dict(num_envs=2, total_timesteps=10**6, save_every=10**6, run_dir=str(tmp_path))
+    processes = start_two(*flags(tiny(**(endless | settings))))
+    while processes[0].poll() is None:
+        for path in tmp_path.glob("*/metrics.jsonl"):
+            if path.stat().st_size:
+                return processes, path.parent
+        time.sleep(0.1)
+    raise AssertionError(processes[0].communicate()[1])
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=slow)])
+def test_processes_end_together(kills, tmp_path):
+    """Group L: when one is killed or told to stop, both end soon; the run goes on from there."""
+    settings = dict(env_id="CartPole-v1", buffer_size=300, save_every=10, train_ratio=0.5)
+    processes, folder = start_two_endless(tmp_path, **settings)
+    step, random = 0, np.random.default_rng(0)
+    for kill in range(kills):
+        victim = kill % 2 if kills == 2 else random.integers(2)
+        processes[victim].kill()
+        begin, other = time.time(), processes[1 - victim]
+        assert "another process has ended" in failed(other) and time.time() - begin < 10
+        processes[victim].communicate()
+        assert read_checkpoint(folder)["step"] >= step
+        step, size = read_checkpoint(folder)["step"], (folder / "metrics.jsonl").stat().st_size
+        print(f"kill {kill + 1}: process {victim}, checkpoint of step {step}")
+        processes = start_two("--resume", str(folder))
+        while (folder / "metrics.jsonl").stat().st_size <= size:
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        time.sleep(random.uniform(0, 2))
+    processes[1].terminate()
+    outputs = [process.communicate(timeout=20) for process in processes]
+    assert [process.returncode for process in processes] == [0, 128 + signal.SIGTERM]
+    assert f"saved {folder / 'checkpoint.pt'} at step" in outputs[0][0]
+    assert read_checkpoint(folder)["step"] > step > 0
+
+
+def test_process_that_fails(tmp_path):
+    """Group L: the process whose environment fails says why; all end, with a checkpoint."""
+    settings = tiny(env_id="TestOdd-v0", num_envs=2, run_dir=str(tmp_path), total_timesteps=80)
+    first, second = start_two(*flags(settings), fault="raises")
+    assert "the environments failed at step 22" in failed(second)
+    assert "another process has ended" in failed(first)
+    (folder,) = tmp_path.iterdir()
+    assert read_checkpoint(folder)["step"] == 44
+    finish(start_two("--resume", str(folder)))
+    assert read_checkpoint(folder)["step"] == 80
+
+
 # ---- P. Parity with the authors' code -----------------------------------------------------------
 # The numbers in results/parity come from github.com/danijar/dreamerv3 at commit e3f0224, run with
 # JAX 0.4.33 on a CPU, float64 in place of float32. A formula fills in parameters and inputs; a
@@ -3097,8 +3281,8 @@ def precision(request):
 
 def set_normal_noise(monkeypatch, deviations):
     """Samples of two-dimensional normals lie this many deviations above and below the mean."""
-    noise = lambda like: torch.tensor([deviations, -deviations]).expand_as(like)
-    monkeypatch.setattr(torch, "randn_like", noise)
+    noise = lambda *shape, device: torch.tensor([deviations, -deviations]).expand(shape)
+    monkeypatch.setattr(torch, "randn", noise)
 
 
 @functools.cache

@@ -33,7 +33,9 @@ def page_commands():
 def test_commands_parse(monkeypatch):
     """The commands of the pages, and of the file's docstring, are accepted by the parser."""
     commands = page_commands() + re.findall(r"^ +python dreamer_v3.py(.*)", SOURCE, re.MULTILINE)
-    assert len(commands) >= 15
+    several = re.findall(r"torchrun .* dreamer_v3.py (.*)", PAGES["docs/distributed.md"])
+    assert len(commands) >= 15 and len(several) == 4
+    commands += several
     for command in commands:
         words = shlex.split(command, comments=True)
         if "--help" not in words:
@@ -127,7 +129,7 @@ def test_readme_encoder(tmp_path, monkeypatch):
 
 def test_readme_normaliser(tmp_path, monkeypatch):
     """The README's other normaliser trains, and the range is mean -+ deviation."""
-    readme_diff("returns.std()", tmp_path)
+    readme_diff("everyone.std()", tmp_path)
     module = load_module(tmp_path / "dreamer_v3.py", monkeypatch)
     args = replace(tiny(), return_rate=1.0)
     agent = module.Agent(module.Args(**vars(args)), VECTOR)
@@ -177,6 +179,21 @@ def test_links():
             assert path.exists(), (name, target)
             titles = re.findall(r"^#+ (.*)", path.read_text(), re.M) if heading else []
             assert not heading or heading in map(anchor, titles), (name, target, heading)
+
+
+def test_page_of_processes():
+    """The table of messages follows from the parameters and the arithmetic, as the page says."""
+    sizes = re.findall(r"^\| `--size (\w+)` \| ([\d,]+) \| ([\d.]+) ", PAGES["docs/speed.md"], re.M)
+    rows = []
+    for size, parameters, flop in sizes[1:]:
+        size_mb = 4 * int(parameters.replace(",", "")) / 1e6
+        update = max(14, float(flop) / (0.35 * 0.989))  # ms, TFLOP at 35% of 989 TFLOP/s
+        row = [size, f"{size_mb:,.0f}", f"{update:.0f}"]
+        ring = lambda n, rate, wait, mb=size_mb: 2 * (n - 1) / n * mb / rate + wait
+        for message, text in ((ring(8, 400, 0.05), "{:.1f}"), (ring(16, 12.5, 0.1), "{:.0f}")):
+            row += [text.format(message), f"{update / (update + message):.0%}"]
+        rows.append(f"| {' | '.join(row)} |")
+    assert len(rows) == 6 and "\n".join(rows) in PAGES["docs/distributed.md"]
 
 
 def test_first_page():
