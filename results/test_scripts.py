@@ -8,11 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tyro
 from test_dreamer_v3 import (
-    HERE, PAGES, README, Args, Spaces, close, dreamer_v3, load_module, make_agent, read_metrics,
-    short_run, tiny,
+    HERE, PAGES, README, Args, Spaces, close, dreamer_v3, fill_parameter, inputs, load_module,
+    make_agent, read_metrics, short_run, tiny,
 )  # fmt: skip
 
 
@@ -108,6 +109,57 @@ def test_parity_table():
         assert f"| {cells[0]} | {cells[1]} |" in PAGES["docs/tests.md"]
         numbers = [float(cell) for cell in cells[2:] if cell]
         assert len(numbers) >= 2 and max(numbers) < 1e-10
+
+
+def test_parity_script_refuses_other_folders(tmp_path):
+    """A folder that is missing, another one, and another commit: one line each, exit status 2."""
+    script = HERE / "results/parity/make.py"
+
+    def refused(folder):
+        """What the script says."""
+        command = [sys.executable, script, folder, "--check"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr.startswith("make.py: error: ") and done.stderr.count("\n") == 1
+        return done.stderr
+
+    for folder in (tmp_path / "missing", tmp_path):
+        assert "is not a checkout of github.com/danijar/dreamerv3" in refused(folder)
+    (tmp_path / "dreamerv3").mkdir()
+    (tmp_path / "dreamerv3/agent.py").touch()
+    git = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "another"]):
+        subprocess.run([*git, *words], check=True)
+    assert "is not at commit e3f0224" in refused(tmp_path)
+
+
+def test_parity_script(monkeypatch):
+    """Without JAX: its formula is that of the tests, its files are those here, it sees changes."""
+    make = load_module(HERE / "results/parity/make.py", monkeypatch)
+    make.np = np
+    for case in ("B", "C", "D"):
+        obs, action, _, shape = make.CASES[case]
+        theirs, ours = make.inputs(obs, action, *shape), inputs(case, *shape)
+        for name, x in ours.items():
+            x = x.argmax(-1) if x.ndim == theirs[name].ndim + 1 else x
+            assert (x.numpy() == theirs[name]).all(), name
+    for name, shape in {"dyn/dyngru/kernel": (4, 8, 24), "val/head/logits/bias": (255,)}.items():
+        assert (make.fill(name, np.empty(shape)) == fill_parameter(name, shape).numpy()).all()
+    for file in (HERE / "results/parity").glob("*.json"):
+        stored = json.loads(file.read_text())
+        assert make.text(stored, file.stem) == file.read_text()
+        assert make.largest_difference(stored, json.loads(file.read_text()))[0] == 0
+    old = {"a": [2.0, 0.0, "1"], "b": 3}
+    for new, difference in (
+        ({"a": [2.0 + 2e-8, 0.0, "1"], "b": 3}, 1e-8),
+        ({"a": [2.0, 0.0, "2"], "b": 3}, np.inf),
+        ({"a": [2.0, np.nan, "1"], "b": 3}, np.inf),
+        ({"a": [2.0, 0.0], "b": 3}, np.inf),
+        ({"a": [2.0, 0.0, "1"], "b": 4}, np.inf),
+    ):
+        found, where = make.largest_difference(new, old)
+        close(found, difference, rtol=1e-6)
+        assert where
 
 
 def test_dreams(tmp_path):
