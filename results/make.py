@@ -26,13 +26,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
+import tyro
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import dreamer_v3  # noqa: E402
+
 PAGES = [HERE.parent / name for name in ("README.md", "results/README.md", "docs/speed.md")]
-RANDOM = {
-    "acrobot": ("Acrobot-v1", 4),
-    "cartpole": ("CartPole-v1", 1),
-    "pendulum": ("Pendulum-v1", 1),
+DMC = "--action-repeat 2 --env-id shimmy:dm_control/"
+ATARI = """--env-kwargs '{"repeat_action_probability": 0.0}' --env-id ALE/"""
+RANDOM = {  # the flags that set the environment of each task
+    "acrobot": "--env-id Acrobot-v1 --action-repeat 4",
+    "cartpole": "--env-id CartPole-v1",
+    "pendulum": "--env-id Pendulum-v1",
+    "atari_breakout": ATARI + "Breakout-v5",
+    "atari_ms_pacman": ATARI + "MsPacman-v5",
+    "dmc_ball_in_cup_catch": DMC + "ball_in_cup-catch-v0",
+    "dmc_cartpole_balance": DMC + "cartpole-balance-v0",
+    "dmc_cartpole_swingup": DMC + "cartpole-swingup-v0",
+    "dmc_walker_walk": DMC + "walker-walk-v0",
 }
 BIN = 10_000  # frames; the authors' curves of control tasks are averages over so many
 ENOUGH = 100_000  # frames of the authors' curves that are kept
@@ -59,8 +72,6 @@ def flag(name, value):
 
 def read_run(folder, commit, hardware):
     """A run's folder -> its entry in <task>.json."""
-    sys.path.insert(0, str(HERE.parent))
-    dreamer_v3 = importlib.import_module("dreamer_v3")
     checkpoint = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
     args, preset = asdict(checkpoint["args"]), checkpoint["args"].preset
     defaults = asdict(dreamer_v3.Args(**dreamer_v3.PRESETS.get(preset, {})))
@@ -117,7 +128,8 @@ def add(folders, commit, hardware):
 def beside(task, folders):
     """side_by_side.json: returns of training episodes, of our runs and of the authors' code.
 
-    A folder is a run of ours, or a `--logdir` of theirs (see docs/tests.md); xs are agent steps.
+    A folder is a run of ours, or a `--logdir` of theirs; xs are agent steps. If results/watch.py
+    wrote a cpu.jsonl beside the folder, the minutes of CPU time at each of them are kept, too.
     """
     path = HERE / "side_by_side.json"
     curves = json.loads(path.read_text()) if path.exists() else []
@@ -134,14 +146,21 @@ def beside(task, folders):
         curve |= dict(seed=seed if ours else int(seed[1]))
         curves = [other for other in curves if not curve.items() <= other.items()]
         xs, ys = zip(*points, strict=True)
-        curves.append(curve | dict(xs=xs, ys=ys))
+        curve |= dict(xs=xs, ys=ys)
+        if (watched := folder.parent / "cpu.jsonl").exists():
+            lines = map(json.loads, watched.read_text().splitlines())
+            seconds = {}
+            for line in lines:
+                seconds.setdefault(line["step"], line["cpu"])  # when the step was first seen
+            marks = list(seconds), [cpu / 60 for cpu in seconds.values()]
+            curve["minutes"] = np.interp(xs, *marks).round(2).tolist()
+        curves.append(curve)
     curves.sort(key=lambda curve: (curve["task"], curve["method"], curve["seed"]))
     path.write_text("[\n" + ",\n".join(map(json.dumps, curves)) + "\n]\n")
 
 
 def network(run, file):
     """The checkpoint of a run without its optimizer: for --evaluate and Player."""
-    torch = importlib.import_module("torch")
     checkpoint = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
     del checkpoint["agent"]["optimizer"]
     torch.save(checkpoint, file)
@@ -151,26 +170,39 @@ def network(run, file):
 # ---- Random policies -----------------------------------------------------------------------------
 
 
+class Uniform:
+    """Uniform actions, in place of an Agent."""
+
+    def __init__(self, spaces):
+        self.spaces, self.gpus, self.device = spaces, [], torch.device("cpu")
+
+    def initial(self, num_envs):
+        """Nothing to carry."""
+        return ()
+
+    def act(self, obs, carry, greedy):
+        """A carry whose last part are the actions (n, A)."""
+        n, classes = len(obs["is_first"]), self.spaces.action_classes
+        if not classes:
+            return (2 * torch.rand(n, self.spaces.action_width) - 1,)
+        draws = [dreamer_v3.one_hot(torch.randint(count, (n,)), count) for count in classes]
+        return (torch.cat(draws, -1),)
+
+
 def random_returns(episodes=100):
     """random.json: task -> mean and deviation of the returns of uniform actions, and the score that
-    counts as solved, if Gymnasium names one. With the action repeat of the runs."""
-    gym, result = importlib.import_module("gymnasium"), {}
-    for task, (env_id, repeat) in RANDOM.items():
-        env = gym.make(env_id)
-        solved = env.spec.reward_threshold
-        env = gym.wrappers.RepeatAction(env, repeat) if repeat > 1 else env
-        env.action_space.seed(0)
-        returns = []
-        for seed in range(episodes):
-            env.reset(seed=seed)
-            done, total = False, 0.0
-            while not done:
-                _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-                done, total = terminated or truncated, total + float(reward)
-            returns.append(total)
-        mean, std = (round(float(x), 1) for x in (np.mean(returns), np.std(returns)))
-        result[task] = dict(env_id=env_id, action_repeat=repeat, episodes=episodes)
-        result[task] |= dict(mean=mean, std=std, solved=solved)
+    counts as solved, if Gymnasium names one. In the environments of the runs."""
+    result = {}
+    for task, flags in RANDOM.items():
+        args = tyro.cli(dreamer_v3.Args, args=shlex.split(flags))
+        torch.manual_seed(0)
+        envs = dreamer_v3.Environments(args, 1, 0)
+        solved = getattr(envs.envs.spec, "reward_threshold", None)
+        envs.close()
+        returns = dreamer_v3.evaluate(Uniform(envs.spaces), args, episodes)
+        mean, std = (round(float(x), 1) for x in (returns.mean(), returns.std()))
+        result[task] = dict(env_id=args.env_id, action_repeat=args.action_repeat)
+        result[task] |= dict(episodes=episodes, mean=mean, std=std, solved=solved)
     text = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in result.items())
     (HERE / "random.json").write_text("{\n" + text + "\n}\n")
 
@@ -246,9 +278,10 @@ def numbers(tasks):
 def table_authors():
     """Training returns beside the authors', in the last bin that all seeds have."""
     rows = ["| task | frames | authors, mean (range) | this file, each seed | at the end, greedy |"]
-    rows[0] += " updates | minutes | commit | command |"
-    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows[0] += " random | updates | minutes | commit | command |"
+    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     tasks, published = load()
+    chance = json.loads((HERE / "random.json").read_text())
     for task, curve in published.items():
         for command, runs in by_command(tasks[task]).items():
             ours = [binned(run["xs"], run["ys"]) for run in runs]
@@ -265,7 +298,8 @@ def table_authors():
             rows.append(
                 f"| {task} | {BIN * last:,} - {BIN * (last + 1):,} | {mean} ({low} - {high}), "
                 f"{curve['seeds']} seeds | {' / '.join(f'{x[last]:.4g}' for x in ours)} "
-                f"| {' / '.join(greedy)} | {runs[0]['updates']:,} | {minutes(runs)} "
+                f"| {' / '.join(greedy)} | {chance[task]['mean']:.4g} "
+                f"| {runs[0]['updates']:,} | {minutes(runs)} "
                 f"| {', '.join(sorted({run['commit'] for run in runs}))} "
                 f"| {numbers(tasks)[command]}{stopped(runs)} |"
             )
@@ -444,18 +478,27 @@ PROGRAMS = {
 
 
 def side_by_side():
-    """side_by_side.png: mean and range of the seeds of both programs over agent steps."""
+    """side_by_side.png: both programs, over agent steps and, where it is known, over CPU time.
+
+    Mean and range of the seeds.
+    """
     plt = importlib.import_module("matplotlib.pyplot")
     curves = json.loads((HERE / "side_by_side.json").read_text())
     chance = json.loads((HERE / "random.json").read_text())
     tasks = list(dict.fromkeys(curve["task"] for curve in curves))
-    fig, axes = plt.subplots(1, len(tasks), figsize=(1 + 5 * len(tasks), 4), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    panels = [(task, "xs", "agent steps") for task in tasks]
+    panels += [
+        (task, "minutes", "minutes of one core")
+        for task in tasks
+        if all("minutes" in curve for curve in curves if curve["task"] == task)
+    ]
+    fig, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 4), squeeze=False)
+    for axis, (task, x, unit) in zip(axes[0], panels, strict=True):
         for method, (label, color) in PROGRAMS.items():
             same = [c for c in curves if (c["task"], c["method"]) == (task, method)]
             if same:
                 runs = [
-                    [{"x": x, "y": y} for x, y in zip(c["xs"], c["ys"], strict=True)] for c in same
+                    [{"x": a, "y": b} for a, b in zip(c[x], c["ys"], strict=True)] for c in same
                 ]
                 label = f"{label}, {len(same)} seed{'s' * (len(same) > 1)}"
                 band(axis, runs, "x", "y", count=10, label=label, color=color, lw=2)
@@ -465,7 +508,7 @@ def side_by_side():
                 axis.axhline(y, color="0.4", ls="--", lw=1)
                 axis.annotate(text, (0.01, y), xycoords=("axes fraction", "data"), va="bottom")
         axis.set_title(TITLES[task])
-        axis.set_xlabel("agent steps")
+        axis.set_xlabel(unit)
         axis.set_ylabel("return of training episodes")
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -476,8 +519,6 @@ def side_by_side():
 
 def series(folder):
     """A run's folder -> (what its curve is called, lines of metrics)."""
-    sys.path.insert(0, str(HERE.parent))
-    dreamer_v3 = importlib.import_module("dreamer_v3")
     args = asdict(dreamer_v3.load_checkpoint(folder)["args"])
     defaults = asdict(dreamer_v3.Args(**dreamer_v3.PRESETS.get(args["preset"], {})))
     ignored = ("env_id", "seed", "run_dir", "resume", "total_timesteps")
