@@ -3212,6 +3212,28 @@ def test_processes_end_together(kills, tmp_path):
     assert read_checkpoint(folder)["step"] > step > 0
 
 
+NOT_FINITE = """
+calls, kl = [], dreamer_v3.categorical_kl
+def broken(*args):
+    calls.append(0)  # twice an update
+    return kl(*args) * (float("nan") if dreamer_v3.RANK and len(calls) == 12 else 1)
+dreamer_v3.categorical_kl = broken
+dreamer_v3.cli()
+"""
+
+
+def test_processes_share_what_is_not_finite(tmp_path):
+    """Group L: a loss that is not finite in one process ends both at the same update."""
+    settings = tiny(
+        env_id="TestOdd-v0", num_envs=2, run_dir=str(tmp_path), total_timesteps=80, save_every=10
+    )
+    first, second = start_two(*flags(settings), code=NOT_FINITE)
+    assert "update 6 was not finite: losses/rep" in failed(second)
+    assert "update 6 was not finite: losses/grad_norm" in failed(first)
+    (folder,) = tmp_path.iterdir()
+    assert 2 <= read_checkpoint(folder)["updates"] <= 5
+
+
 def test_process_that_fails(tmp_path):
     """Group L: the process whose environment fails says why; all end, with a checkpoint."""
     settings = tiny(env_id="TestOdd-v0", num_envs=2, run_dir=str(tmp_path), total_timesteps=80)
