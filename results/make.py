@@ -429,52 +429,75 @@ def write_tables(text):
 # ---- Figures -------------------------------------------------------------------------------------
 
 
+TITLES = {
+    "acrobot": "Acrobot",
+    "cartpole": "CartPole",
+    "pendulum": "Pendulum",
+    "atari_breakout": "Breakout",
+    "atari_ms_pacman": "Ms. Pac-Man",
+    "dmc_ball_in_cup_catch": "Ball in cup",
+    "dmc_cartpole_balance": "Cartpole balance",
+    "dmc_cartpole_swingup": "Cartpole swingup",
+    "dmc_walker_walk": "Walker walk",
+}
+PROGRAMS = {
+    "authors": ("authors' code (JAX)", "#0072b2"),
+    "dreamer_v3.py": ("this file", "#d55e00"),
+}
+
+
+def marks(axis, chance):
+    """Dashed lines: the return of uniform actions, and the score that counts as solved."""
+    for text, y, x in (("random", chance["mean"], 0.99), ("solved", chance["solved"], 0.01)):
+        if y is not None:
+            axis.axhline(y, color="0.4", ls="--", lw=1)
+            place = dict(xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+            axis.annotate(text, (x, y), ha="right" if x > 0.5 else "left", **place)
+
+
 def figures():
-    """curves.png: each task, a line a run; where there are, on the authors' mean and range."""
+    """curves.png: our runs, one line each; on the authors' mean and range where they have them."""
     plt = importlib.import_module("matplotlib.pyplot")
-    tasks, published = load()
-    panels = [(task, published.get(task), runs) for task, runs in tasks.items()]
-    panels.sort(key=lambda panel: panel[1] is None)
-    rows = -(-len(panels) // 3)
-    fig, axes = plt.subplots(rows, 3, figsize=(10.5, 2.6 * rows))
-    for axis in axes.flat[len(panels) :]:
+    (tasks, published), chance = load(), json.loads((HERE / "random.json").read_text())
+    order = sorted(tasks, key=lambda task: task not in published)
+    fig, axes = plt.subplots(-(-len(order) // 3), 3, figsize=(10.5, 9), squeeze=False)
+    for axis in axes.flat[len(order) :]:
         axis.axis("off")
-    for axis, (task, curve, runs) in zip(axes.flat, panels, strict=False):
+    (theirs, blue), (ours, orange), lines = *PROGRAMS.values(), {}
+    for axis, task in zip(axes.flat, order, strict=False):
+        curve, runs = published.get(task), tasks[task]
         if curve:
             end = BIN + 2 * max(x for run in runs for x in run["xs"])
             columns = zip(*(curve[x] for x in ("frames", "mean", "least", "most")), strict=True)
             columns = [column for column in columns if column[0] <= end and None not in column]
             xs, mean, least, most = zip(*columns, strict=True)
-            axis.fill_between(xs, least, most, color="0.85", lw=0)
-            axis.plot(xs, mean, color="0.45", label=f"authors, {curve['seeds']} seeds")
-        for color, (command, same) in enumerate(reversed(by_command(runs).items())):
+            axis.fill_between(xs, least, most, color=blue, alpha=0.2, lw=0)
+            label = f"{theirs}, published: mean and range of {curve['seeds']} seeds"
+            (lines[label],) = axis.plot(xs, mean, color=blue, lw=2)
+        # The settings that were tried with the most seeds, then the rest behind them.
+        groups = sorted(by_command(runs).values(), key=len)
+        for same in groups:
             for run in same:
                 if curve:
                     means = enumerate(binned(run["xs"], run["ys"]), 1)
                     points = [(BIN * i, mean) for i, mean in means if mean is not None]
                 else:
                     points = [(frames, mean) for frames, mean, _, _ in run["evaluations"]]
-                label = f"command {numbers(tasks)[command]}{'' if curve else ', greedy'}"
-                style = dict(color=f"C{(3 + color) % 10}", ms=3, alpha=0.8, label=label)
-                axis.plot(*zip(*points, strict=True), "o-", **style)
-        axis.set_xlabel("environment frames", fontsize=8)
-        seeds = len({run["seed"] for run in runs})
-        axis.set_title(f"{task} ({seeds} seed{'s' * (seeds > 1)})", fontsize=9)
+                main = same is groups[-1]
+                style = dict(color=orange, lw=1.8) if main else dict(color="0.7", lw=1)
+                label = f"{ours}, each seed" if main else f"{ours}, other settings"
+                (lines[label],) = axis.plot(*zip(*points, strict=True), "o-", ms=3, **style)
+        marks(axis, chance[task])
+        axis.set_title(TITLES[task], fontsize=11)
+        axis.set_xlabel("environment frames", fontsize=9)
+        axis.set_ylabel("training return" if curve else "evaluation return", fontsize=9)
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axis.tick_params(labelsize=7)
-        handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        axis.legend(handles.values(), handles.keys(), fontsize=7, frameon=False)
-    fig.tight_layout()
+        axis.tick_params(labelsize=8)
+    fig.legend(lines.values(), lines.keys(), loc="lower center", ncol=3, frameon=False)
+    fig.tight_layout(rect=(0, 0.04, 1, 1))
     fig.savefig(HERE / "curves.png", dpi=110)
     side_by_side()
-
-
-TITLES = {"acrobot": "Acrobot", "cartpole": "CartPole", "pendulum": "Pendulum"}
-PROGRAMS = {
-    "authors": ("authors' code (JAX)", "#0072b2"),
-    "dreamer_v3.py": ("this file", "#d55e00"),
-}
 
 
 def side_by_side():
@@ -502,11 +525,7 @@ def side_by_side():
                 ]
                 label = f"{label}, {len(same)} seed{'s' * (len(same) > 1)}"
                 band(axis, runs, "x", "y", count=10, label=label, color=color, lw=2)
-        lines = {"random": chance[task]["mean"], "solved": chance[task]["solved"]}
-        for text, y in lines.items():
-            if y is not None:
-                axis.axhline(y, color="0.4", ls="--", lw=1)
-                axis.annotate(text, (0.01, y), xycoords=("axes fraction", "data"), va="bottom")
+        marks(axis, chance[task])
         axis.set_title(TITLES[task])
         axis.set_xlabel(unit)
         axis.set_ylabel("return of training episodes")
