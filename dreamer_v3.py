@@ -294,8 +294,8 @@ class Categoricals:
         self.log_probs = [mixed_log_probs(x, unimix) for x in logits.split(classes, -1)]
 
     def sample(self, greedy=False):
-        """A sample, or the most likely action: (..., A), without gradient."""
-        probs = [log_prob.detach().exp() for log_prob in self.log_probs]
+        """A sample with straight-through gradient, or the most likely action: (..., A)."""
+        probs = [log_prob.exp() for log_prob in self.log_probs]
         if greedy:
             return torch.cat([one_hot(p.argmax(-1), p.shape[-1]) for p in probs], -1)
         draws = [draw(torch.rand, p.shape[:-1], p.device) for p in probs]
@@ -601,7 +601,7 @@ class RSSM(nn.Module):
     def __init__(self, action_width, embed_dim, deter, hidden, stoch, classes, blocks, unimix):
         super().__init__()
         self.deter_dim, self.stoch_shape = deter, (stoch, classes)
-        self.blocks, self.unimix = blocks, unimix
+        self.blocks, self.unimix, self.random = blocks, unimix, torch.rand
         self.deter_in = dense_layer(deter, hidden)
         self.stoch_in = dense_layer(stoch * classes, hidden)
         self.action_in = dense_layer(action_width, hidden)
@@ -614,7 +614,7 @@ class RSSM(nn.Module):
 
     def initial(self, batch_size):
         """The state before the first step: deter (B, D), stoch (B, S, K), zeros."""
-        zeros = self.hidden_norm.scale.new_zeros
+        zeros = self.posterior_out.bias.new_zeros
         return zeros(batch_size, self.deter_dim), zeros(batch_size, *self.stoch_shape)
 
     def feat(self, deter, stoch):
@@ -667,9 +667,13 @@ class RSSM(nn.Module):
 
     def prior(self, deter):
         """Logits of p(z | h) (Eq. 1): (..., D) -> (..., S, K)."""
-        return f32(self.prior_net(deter)).unflatten(-1, self.stoch_shape)
+        return f32(self.prior_net(deter)).unflatten(-1, (self.stoch_shape[0], -1))
 
-    def observe_step(self, deter, stoch, keep, uniform, action_embed, addends, weights):
+    def sample(self, logits, noise):
+        """z from the logits (..., S, K) of p or q, and random numbers (..., S): (..., S, K)."""
+        return sample_one_hot(mixed_probs(logits, self.unimix), noise)
+
+    def observe_step(self, deter, stoch, keep, noise, action_embed, addends, weights):
         """One step of `observe`: new deter and stoch, the logits, the inputs of the products."""
         inputs = {}
 
@@ -679,9 +683,8 @@ class RSSM(nn.Module):
 
         deter = self.sequence_model(deter * keep, stoch * keep[..., None], action_embed, linear)
         x = self.posterior_in[1](linear("posterior_in", deter))
-        logits = f32(linear("posterior_out", x)).unflatten(-1, self.stoch_shape)
-        stoch = sample_one_hot(mixed_probs(logits, self.unimix), uniform)
-        return deter, stoch, logits, inputs
+        logits = f32(linear("posterior_out", x)).unflatten(-1, (self.stoch_shape[0], -1))
+        return deter, self.sample(logits, noise), logits, inputs
 
     def observe(self, embed, prev_action, is_first, deter, stoch):
         """Filter a sequence: the posterior state q(z | h, x) (Eq. 1) at each of T steps.
@@ -697,7 +700,7 @@ class RSSM(nn.Module):
         # is 0 there. It masks the action here and the state in `observe_step`. [D9]
         keep = (~is_first).to(deter.dtype).T.unsqueeze(-1)  # (T, B, 1)
         action_embed = self.embed_action(prev_action.transpose(0, 1) * keep)  # (T, B, hidden)
-        uniform = draw(torch.rand, (batch, length, self.stoch_shape[0]), embed.device)
+        noise = draw(self.random, (batch, length, self.stoch_shape[0]), embed.device)
         layer = self.posterior_in[0]
         from_embed = F.linear(embed.transpose(0, 1), layer.weight[:, self.deter_dim :], layer.bias)
         addends, weights, inputs = {}, {}, {}
@@ -705,7 +708,7 @@ class RSSM(nn.Module):
             inputs[name], weights[name] = [], weight.detach()  # the loop below fills the list
             bias = from_embed if bias is None else bias.expand(length, *bias.shape[:-2], batch, -1)
             addends[name] = StepLinear.apply(weight, bias, inputs[name]).unbind(0)
-        states, steps = [], zip(keep, uniform.transpose(0, 1), action_embed, strict=True)
+        states, steps = [], zip(keep, noise.transpose(0, 1), action_embed, strict=True)
         for t, step in enumerate(steps):
             now = {name: addend[t] for name, addend in addends.items()}
             *state, inputs_t = self.observe_step(deter, stoch, *step, now, weights)
@@ -723,8 +726,8 @@ class RSSM(nn.Module):
             return rounded(x) @ weight + bias
 
         deter = self.sequence_model(deter, stoch, self.embed_action(action), linear)
-        probs = mixed_probs(self.prior(deter), self.unimix)
-        return deter, sample_one_hot(probs, draw(torch.rand, probs.shape[:-1], probs.device))
+        noise = draw(self.random, (len(deter), self.stoch_shape[0]), deter.device)
+        return deter, self.sample(self.prior(deter), noise)
 
 
 # ---- 7. All networks; the world model's loss (paper: World model learning, Eq. 2-3) --------------
@@ -780,7 +783,7 @@ class Dreamer(nn.Module):
         """The next state, its features (N, F), and the actor's choice in it (N, A)."""
         deter, stoch = self.rssm.imagine_step(deter, stoch, action, layers)
         feat = self.rssm.feat(deter, stoch)
-        return deter, stoch, feat, self.actor(feat).sample()
+        return deter, stoch, feat, self.actor(feat.detach()).sample()
 
 
 def world_model_loss(model, batch, args):
@@ -1136,10 +1139,14 @@ class Agent:
             dist.all_reduce(flat)
             nn.utils.vector_to_parameters(flat / WORLD_SIZE, grads)
         metrics |= self.optimizer.step(grads)
-        slow, critic = self.model.slow_critic.parameters(), self.model.critic.parameters()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(slow), list(critic), self.args.tau)
+        self.update_slow_critic()
         return metrics, *stored(deter, stoch)
+
+    @torch.no_grad()
+    def update_slow_critic(self):
+        """Let the slow critic follow the critic. [D15]"""
+        slow, critic = self.model.slow_critic.parameters(), self.model.critic.parameters()
+        torch._foreach_lerp_(list(slow), list(critic), self.args.tau)
 
     def state_dict(self):
         """Everything that learns, and the spaces that it belongs to."""
@@ -1814,34 +1821,36 @@ def load_checkpoint(path):
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:
-        text = f"{path} is damaged, of another version, or not a checkpoint of dreamer_v3.py"
+        text = f"{path} is damaged, of another version, or not a checkpoint of {Args.exp_name}.py"
         raise UserError(text) from error
 
 
 # ---- 14. Main ------------------------------------------------------------------------------------
 
 
+HUGE = 2**62  # not infinity, which would overflow later
+LIMITS = {  # least and largest value of numbers; of others, 0 and HUGE
+    "action_repeat total_timesteps num_envs batch_size log_every save_every": (1, HUGE),
+    "stoch blocks deter hidden depth units imag_horizon": (1, HUGE),
+    "gamma return_lambda unimix actor_unimix tau return_rate": (0, 1),
+    "beta1 beta2": (0, 0.9999),
+    "laprop_eps": (1e-30, 1),
+    "classes": (2, 256),
+    "batch_length": (2, HUGE),
+    "seed": (0, 2**31),
+}
+
+
 def check_args(args):
     """Raise UserError for numbers that cannot work, alone or together."""
-    huge = 2**62  # not infinity, which would overflow later
     one_batch = (args.batch_size + args.num_envs) * args.batch_length
-    limits = {
-        "action_repeat total_timesteps num_envs batch_size log_every save_every": (1, huge),
-        "stoch blocks deter hidden depth units imag_horizon": (1, huge),
-        "gamma return_lambda unimix actor_unimix tau return_rate": (0, 1),
-        "beta1 beta2": (0, 0.9999),
-        "laprop_eps": (1e-30, 1),
-        "classes": (2, 256),
-        "batch_length": (2, huge),
-        "buffer_size": (one_batch, huge),
-        "seed": (0, 2**31),
-    }
-    limits = {name: pair for names, pair in limits.items() for name in names.split()}
+    limits = {name: pair for names, pair in LIMITS.items() for name in names.split()}
+    limits["buffer_size"] = one_batch, HUGE
     values = asdict(args) | args.network()
     for name, value in values.items():
-        least, most = limits.get(name, (0, huge))
+        least, most = limits.get(name, (0, HUGE))
         if type(value) in (int, float) and not least <= value <= most:  # nor may it be nan
-            text = f"at least {least}" if most == huge else f"in [{least}, {most}]"
+            text = f"at least {least}" if most == HUGE else f"in [{least}, {most}]"
             raise UserError(f"--{name} must be {text}, not {value}".replace("_", "-"))
     deter = values["deter"]
     if deter % args.blocks or deter % 8:
@@ -2047,7 +2056,7 @@ def parse(default=None):
 
 def fail(message, status=2):
     """Say in one line what the user can put right, and leave."""
-    print("dreamer_v3.py: error:", *str(message).split(), file=sys.stderr)
+    print(f"{Args.exp_name}.py: error:", *str(message).split(), file=sys.stderr)
     sys.exit(status)
 
 
