@@ -2018,6 +2018,9 @@ def main(args, stop=()):
                 metrics, picture = report(trainer, folder / f"dreams/step_{step}.png")
                 logger.write(step, metrics, picture)
     finally:
+        if WORLD_SIZE > 1:  # a step that not all processes have finished is made again
+            trainer.replay.steps -= (trainer.step - step) // n
+            trainer.step = step
         try:
             save_checkpoint(saved, trainer, logger)
             if logger:

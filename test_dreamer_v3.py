@@ -2536,7 +2536,7 @@ def test_environment_faults(fault, async_envs, tmp_path):
     with pytest.raises(UserError, match=match.format(22)):
         dreamer_v3.main(args)
     (folder,) = tmp_path.iterdir()
-    assert read_checkpoint(folder)["step"] == 44
+    assert read_checkpoint(folder)["step"] == 42
     with pytest.raises(UserError, match=match.format(23)):
         dreamer_v3.main(replace(args, resume=str(folder)))
     assert read_checkpoint(folder)["step"] == 90
@@ -3234,6 +3234,29 @@ def test_processes_share_what_is_not_finite(tmp_path):
     assert 2 <= read_checkpoint(folder)["updates"] <= 5
 
 
+GONE = """
+add = dreamer_v3.Replay.add
+def gone(self, entry):
+    if dreamer_v3.RANK and self.steps == 12:
+        dreamer_v3.os._exit(9)
+    add(self, entry)
+dreamer_v3.Replay.add = gone
+dreamer_v3.cli()
+"""
+
+
+def test_process_that_is_behind(tmp_path):
+    """Group L: a step that a killed process has not stored is not in the checkpoint either."""
+    settings = tiny(env_id="TestOdd-v0", num_envs=2, run_dir=str(tmp_path), total_timesteps=80)
+    first, second = start_two(*flags(settings), code=GONE)
+    assert "another process has ended" in failed(first) and second.wait(60) == 9
+    (folder,) = tmp_path.iterdir()
+    state = read_checkpoint(folder)
+    assert (state["step"], state["replay"][0]) == (24, 12)
+    finish(start_two("--resume", str(folder)))
+    assert read_checkpoint(folder)["step"] == 80
+
+
 def test_process_that_fails(tmp_path):
     """Group L: the process whose environment fails says why; all end, with a checkpoint."""
     settings = tiny(env_id="TestOdd-v0", num_envs=2, run_dir=str(tmp_path), total_timesteps=80)
@@ -3241,7 +3264,7 @@ def test_process_that_fails(tmp_path):
     assert "the environments failed at step 22" in failed(second)
     assert "another process has ended" in failed(first)
     (folder,) = tmp_path.iterdir()
-    assert read_checkpoint(folder)["step"] == 44
+    assert read_checkpoint(folder)["step"] == 42
     finish(start_two("--resume", str(folder)))
     assert read_checkpoint(folder)["step"] == 80
 

@@ -315,7 +315,8 @@ def at_random(chance, task, run):
 def table_beside():
     """Mean return in each fifth of training, and the range of the seeds, of both programs."""
     rows = ["| task | program | seeds | first fifth | second | third | fourth | last | random |"]
-    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows[0] += " CPU minutes |"
+    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     curves = json.loads((HERE / "side_by_side.json").read_text())
     chance = json.loads((HERE / "random.json").read_text())
     for task in dict.fromkeys(curve["task"] for curve in curves):
@@ -330,8 +331,10 @@ def table_beside():
                     for c in seeds
                 ]
                 cells.append(f"{np.mean(means):.0f} ({min(means):.0f} to {max(means):.0f})")
-            text = f"| {task} | {method} | {len(seeds)} | {' | '.join(cells)} "
-            rows.append(f"{text}| {chance[task]['mean']:.0f} |")
+            text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {len(seeds)} | {' | '.join(cells)} "
+            ends = [curve["minutes"][-1] for curve in seeds if "minutes" in curve]
+            spent = f"{np.mean(ends):.0f}" if ends else ""
+            rows.append(f"{text}| {chance[task]['mean']:.0f} | {spent} |")
     return rows
 
 
