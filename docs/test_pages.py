@@ -34,7 +34,7 @@ def test_commands_parse(monkeypatch):
     """The commands of the pages, and of the file's docstring, are accepted by the parser."""
     commands = page_commands() + re.findall(r"^ +python dreamer_v3.py(.*)", SOURCE, re.MULTILINE)
     several = re.findall(r"torchrun .* dreamer_v3.py (.*)", PAGES["docs/distributed.md"])
-    assert len(commands) >= 15 and len(several) == 4
+    assert len(commands) >= 15 and len(several) == 5
     commands += several
     for command in commands:
         words = shlex.split(command, comments=True)
