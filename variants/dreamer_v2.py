@@ -1,6 +1,6 @@
 """DreamerV2: what it does otherwise than DreamerV3.
 
-All the rest is that of dreamer_v3.py. What is in NAMES below takes the place of its names.
+All the rest is that of dreamer_v3.py: vars(dreamer_v3).update(NAMES) puts what is below in place.
 
 Paper: Hafner, Lillicrap, Norouzi, Ba, "Mastering Atari with Discrete World Models" (ICLR 2021),
 arXiv:2010.02193. "v2:" is a file of the released code, github.com/danijar/dreamerv2 at 07d906e.
@@ -197,7 +197,7 @@ def imagined_returns(model, feat, args):
 
         G[t] = r[t] + c[t] ((1 - lambda) v[t+1] + lambda G[t+1]),  G[L] = v[L];  w[t+1] = w[t] c[t]
 
-    with the target critic's v (N, L+1), given too (paper: Eq. 4). V3 moves r and c one step on.
+    with the target critic's v (N, L+1), given too (paper: Eq. 4). In V3, r and c are those of t+1.
     """
     head = lambda net: v3.f32(net(feat)).squeeze(-1)  # (N, L+1)
     value, reward, cont = head(model.slow_critic), head(model.reward), head(model.cont).sigmoid()
