@@ -2093,6 +2093,9 @@ def cli():
         if not re.search("gloo|NCCL", str(error)):
             raise
         fail(f"another process has ended: {first_line(error)}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if stop:
         sys.exit(128 + stop[0])
 

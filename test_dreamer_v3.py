@@ -2536,7 +2536,7 @@ def test_environment_faults(fault, async_envs, tmp_path):
     with pytest.raises(UserError, match=match.format(22)):
         dreamer_v3.main(args)
     (folder,) = tmp_path.iterdir()
-    assert read_checkpoint(folder)["step"] == 42
+    assert read_checkpoint(folder)["step"] == 44
     with pytest.raises(UserError, match=match.format(23)):
         dreamer_v3.main(replace(args, resume=str(folder)))
     assert read_checkpoint(folder)["step"] == 90
@@ -3085,6 +3085,8 @@ def three_updates(path):
         parts = [agent.train_step(own)[1:] for _ in range(3)]
         results[name] = {"all": (agent.state_dict(), grads), "part": parts}
     torch.save(results, f"{path}/{size}-{rank}.pt")
+    if size > 1:
+        dreamer_v3.dist.destroy_process_group()
 
 
 def test_processes_compute_what_one_would(tmp_path):
@@ -3158,6 +3160,7 @@ dreamer_v3.dist.barrier()
 for _ in range(4):
     trainer.train()
 dreamer_v3.save_checkpoint(folder / "checkpoint.pt", trainer, logger)
+dreamer_v3.dist.destroy_process_group()
 """
 
 
