@@ -68,7 +68,7 @@ import tyro
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-# Of the processes that torchrun started: the number of this one, and on its machine; how many.
+# From torchrun: the number of this process, its number on its machine, and how many there are.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 

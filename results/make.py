@@ -189,9 +189,10 @@ class Uniform:
         return (torch.cat(draws, -1),)
 
 
-def random_returns(episodes=100):
+def random_returns(episodes=None):
     """random.json: task -> mean and deviation of the returns of uniform actions, and the score that
-    counts as solved, if Gymnasium names one. In the environments of the runs."""
+    counts as solved, if Gymnasium names one. In the environments of the runs; by default, 600
+    episodes of the quick tasks and 100 of the others."""
     result = {}
     for task, flags in RANDOM.items():
         args = tyro.cli(dreamer_v3.Args, args=shlex.split(flags))
@@ -199,10 +200,11 @@ def random_returns(episodes=100):
         envs = dreamer_v3.Environments(args, 1, 0)
         solved = getattr(envs.envs.spec, "reward_threshold", None)
         envs.close()
-        returns = dreamer_v3.evaluate(Uniform(envs.spaces), args, episodes)
+        count = episodes or (100 if "/" in args.env_id else 600)
+        returns = dreamer_v3.evaluate(Uniform(envs.spaces), args, count)
         mean, std = (round(float(x), 1) for x in (returns.mean(), returns.std()))
         result[task] = dict(env_id=args.env_id, action_repeat=args.action_repeat)
-        result[task] |= dict(episodes=episodes, mean=mean, std=std, solved=solved)
+        result[task] |= dict(episodes=count, mean=mean, std=std, solved=solved)
     text = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in result.items())
     (HERE / "random.json").write_text("{\n" + text + "\n}\n")
 

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -160,6 +161,32 @@ def test_parity_script(monkeypatch):
         found, where = make.largest_difference(new, old)
         close(found, difference, rtol=1e-6)
         assert where
+
+
+def test_random_returns(tmp_path, monkeypatch):
+    """Uniform actions of both kinds: the returns that are known of CartPole and Pendulum."""
+    make = load_module(HERE / "results/make.py", monkeypatch)
+    make.HERE = tmp_path
+    make.RANDOM = {task: make.RANDOM[task] for task in ("cartpole", "pendulum")}
+    make.random_returns(episodes=60)
+    result = json.loads((tmp_path / "random.json").read_text())
+    assert 18 < result["cartpole"]["mean"] < 28 and result["cartpole"]["solved"] == 475
+    assert -1400 < result["pendulum"]["mean"] < -1050 and result["pendulum"]["solved"] is None
+
+
+def test_watch(tmp_path):
+    """CPU seconds of a process, beside the last whole line of its log."""
+    log, out = tmp_path / "log.jsonl", tmp_path / "cpu.jsonl"
+    log.write_text('{"step": 3}\n{"step": 7}\n{"st')
+    code = "import time\nwhile time.process_time() < 1: pass\ntime.sleep(6)"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        time.sleep(4)
+        command = [sys.executable, HERE / "results/watch.py", str(process.pid), log, out]
+        watch = subprocess.Popen(command)
+        process.wait()
+    watch.wait(timeout=30)
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert line["step"] == 7 and 0.9 < line["cpu"] < 3
 
 
 def test_dreams(tmp_path):
