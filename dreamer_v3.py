@@ -858,14 +858,6 @@ def lambda_return(reward, value, cont, last, return_lambda):
     return torch.stack(returns[::-1], 1)
 
 
-@torch.compiler.disable
-def gather(x):
-    """The tensors x (n, ...) of all processes, one below the other: (WORLD_SIZE * n, ...)."""
-    parts = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
 def critic_loss(logits, slow_value, returns, model, args):
     """Regression to the returns and, to steady it, to the slow critic (Eq. 5) [D15]: (...)."""
     to_slow = twohot_loss(logits, slow_value, model.bins)
@@ -888,7 +880,11 @@ def actor_critic_loss(model, feat, action, args):
         returns = lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
 
         # Return range S (Eq. 7), over the whole batch. A range below 1 counts as 1. [D17]
-        everyone = gather(returns) if WORLD_SIZE > 1 else returns
+        everyone = returns
+        if WORLD_SIZE > 1:  # the returns of all processes, as the sum of what each fills in
+            everyone = returns.new_zeros(WORLD_SIZE, *returns.shape)
+            everyone[RANK] = returns
+            dist.all_reduce(everyone)
         percentiles = torch.stack([torch.quantile(everyone, q) for q in (0.05, 0.95)])
         model.return_range.lerp_(percentiles, args.return_rate)
         low, high = model.return_range.clone()

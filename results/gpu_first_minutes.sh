@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # First look at the CUDA path, in the project's root, ten minutes:
 #     bash results/gpu_first_minutes.sh [env exact vector image bench run]
-# From ../shared, with the names of today's dreamer_v3.py.
+# Each stage prints its exit status, its seconds and its last lines; a failure stops nothing.
 [ -f dreamer_v3.py ] || { echo "run this where dreamer_v3.py is"; exit 1; }
 export PY=${PYTHON:-python3} T=$(mktemp -d) PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 want=" ${*:-env exact vector image bench run} " bench=(-c 'import sys; sys.path.insert(0, "results"); import benchmark as b; b.benchmark(b.parse(), 15)')

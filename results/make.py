@@ -1,6 +1,7 @@
 """From runs to the pages' figures and tables.
 
     python results/make.py add runs/RUN ... --commit 1234567 --hardware "2 cores of ..."
+    python results/make.py add runs/RUN ... --family ...   # V1, V2 and V3, for docs/family.md
     python results/make.py authors FOLDER   # the authors' curves, summed up
     python results/make.py beside acrobot runs/RUN LOGDIR ...   # ours and the authors' runs
     python results/make.py network runs/RUN results/acrobot.pt  # its weights, without the optimizer
@@ -11,13 +12,15 @@
 
 `add` puts each run into results/<task>.json, a list in the authors' format: task, method, seed, xs
 (environment frames, all environments together) and ys (returns of training episodes), and beside it
-what it takes to repeat the run. The authors' curves are the folder `scores` of their repository,
-github.com/danijar/dreamerv3; authors.json keeps what the figure needs of them.
+what it takes to repeat the run; with --family, into family.json. The authors' curves are the folder
+`scores` of their repository, github.com/danijar/dreamerv3; authors.json keeps what the figure needs
+of them. If results/watch.py wrote a cpu.jsonl beside a run's folder, its CPU time is kept, too.
 """
 
 import argparse
 import gzip
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -30,10 +33,11 @@ import torch
 import tyro
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "variants")]
 import dreamer_v3  # noqa: E402
 
-PAGES = [HERE.parent / name for name in ("README.md", "results/README.md", "docs/speed.md")]
+PAGES = "README.md results/README.md docs/speed.md docs/family.md".split()
+PAGES = [HERE.parent / name for name in PAGES]
 DMC = "--action-repeat 2 --env-id shimmy:dm_control/"
 ATARI = """--env-kwargs '{"repeat_action_probability": 0.0}' --env-id ALE/"""
 RANDOM = {  # the flags that set the environment of each task
@@ -47,6 +51,7 @@ RANDOM = {  # the flags that set the environment of each task
     "dmc_cartpole_swingup": DMC + "cartpole-swingup-v0",
     "dmc_walker_walk": DMC + "walker-walk-v0",
 }
+VARIANTS = "dreamer_v1", "dreamer_v2"  # in variants/
 BIN = 10_000  # frames; the authors' curves of control tasks are averages over so many
 ENOUGH = 100_000  # frames of the authors' curves that are kept
 
@@ -54,12 +59,13 @@ ENOUGH = 100_000  # frames of the authors' curves that are kept
 # ---- Runs -> <task>.json -------------------------------------------------------------------------
 
 
-def task_name(env_id):
+def task_name(env_id, pixels=False):
     """The authors' name of a task they have, otherwise the environment's id without a version."""
     name = re.sub(r"-v\d+$", "", env_id.split(":")[-1])
     if name.startswith("ALE/"):
         name = "atari_" + re.sub(r"(?<!^)(?=[A-Z])", "_", name.removeprefix("ALE/"))
-    return name.replace("dm_control/", "dmc_").replace("-", "_").lower()
+    name = name.replace("dm_control/", "dmc_").replace("-", "_").lower()
+    return f"{name}_pixels" if pixels else name
 
 
 def flag(name, value):
@@ -70,24 +76,44 @@ def flag(name, value):
     return f"--{name} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
 
 
+def load_run(folder):
+    """A run's checkpoint with its arguments as a dict, and those that differ from its preset's."""
+    checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    args = checkpoint["args"]
+    program = args["exp_name"] if args["exp_name"] in VARIANTS else "dreamer_v3"
+    program = importlib.import_module(program)
+    defaults = asdict(program.Args(**program.PRESETS.get(args["preset"], {})))
+    return checkpoint, {k: v for k, v in args.items() if k == "preset" or v != defaults[k]}
+
+
+def cpu_seconds(folder):
+    """CPU seconds of a run when each step was first seen, as results/watch.py wrote them."""
+    seconds, watched = {}, Path(folder).parent / "cpu.jsonl"
+    for line in watched.read_text().splitlines() if watched.exists() else ():
+        line = json.loads(line)
+        seconds.setdefault(line["step"], line["cpu"])
+    return seconds
+
+
 def read_run(folder, commit, hardware):
     """A run's folder -> its entry in <task>.json."""
-    checkpoint = dreamer_v3.load_checkpoint(folder / "checkpoint.pt")
-    args, preset = asdict(checkpoint["args"]), checkpoint["args"].preset
-    defaults = asdict(dreamer_v3.Args(**dreamer_v3.PRESETS.get(preset, {})))
+    checkpoint, changed = load_run(folder)
+    args, name = checkpoint["args"], checkpoint["args"]["exp_name"]
     elsewhere = (
         "exp_name run_dir resume track wandb_project_name wandb_entity capture_video".split()
     )
-    changed = {k: v for k, v in args.items() if v != defaults[k] and k not in elsewhere}
+    changed = {k: v for k, v in changed.items() if k not in elsewhere and v is not None}
+    program = f"variants/{name}.py" if name in VARIANTS else "dreamer_v3.py"
     frameskip = json.loads(args["env_kwargs"]).get("frameskip", 4)
     frames = frameskip if "ALE/" in args["env_id"] else args["action_repeat"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     episodes = [line for line in lines if "charts/episodic_return" in line]
     key, spread = "eval/episodic_return", "eval/episodic_return_std"
     evaluations = [line for line in lines if key in line]
+    spent = cpu_seconds(folder)
     return {
-        "task": task_name(args["env_id"]),
-        "method": "dreamer_v3.py",
+        "task": task_name(args["env_id"], args["pixels"]),
+        "method": Path(program).name,
         "seed": args["seed"],
         "xs": [frames * line["step"] for line in episodes],
         "ys": [round(line["charts/episodic_return"], 4) for line in episodes],
@@ -106,19 +132,20 @@ def read_run(folder, commit, hardware):
         "frames": frames * checkpoint["step"],
         "updates": checkpoint["updates"],
         "seconds": round(lines[-1]["time"]),
-        "size": args["size"],
-        "command": f"python dreamer_v3.py {' '.join(flag(*item) for item in changed.items())}",
+        "cpu_seconds": round(max(spent.values())) if spent else None,
+        "size": args.get("size"),
+        "command": f"python {program} {' '.join(flag(*item) for item in changed.items())}",
         "commit": commit,
         "hardware": hardware,
     }
 
 
-def add(folders, commit, hardware):
+def add(folders, commit, hardware, family=False):
     """Append runs to their tasks' files; a run of the same task, seed and command is replaced."""
     for folder in folders:
         run = read_run(Path(folder), commit, hardware)
-        path = HERE / f"{run['task']}.json"
-        key = lambda run: (run["command"], run["seed"])
+        path = HERE / f"{'family' if family else run['task']}.json"
+        key = lambda run: (run["task"], run["method"], run["command"], run["seed"])
         runs = json.loads(path.read_text()) if path.exists() else []
         runs = sorted([other for other in runs if key(other) != key(run)] + [run], key=key)
         path.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
@@ -128,8 +155,8 @@ def add(folders, commit, hardware):
 def beside(task, folders):
     """side_by_side.json: returns of training episodes, of our runs and of the authors' code.
 
-    A folder is a run of ours, or a `--logdir` of theirs; xs are agent steps. If results/watch.py
-    wrote a cpu.jsonl beside the folder, the minutes of CPU time at each of them are kept, too.
+    A folder is a run of ours, or a `--logdir` of theirs; xs are agent steps. minutes: CPU time at
+    each of them, if it is known.
     """
     path = HERE / "side_by_side.json"
     curves = json.loads(path.read_text()) if path.exists() else []
@@ -140,20 +167,17 @@ def beside(task, folders):
         points = [(line["step"], round(line[key], 2)) for line in lines if key in line]
         config = (folder / "config.yaml").read_text() if not ours else ""
         seed = (
-            read_run(folder, "", "")["seed"] if ours else re.search(r"^seed: (\d+)", config, re.M)
+            load_run(folder)[0]["args"]["seed"]
+            if ours
+            else re.search(r"(?m)^seed: (\d+)", config)[1]
         )
-        curve = dict(task=task, method="dreamer_v3.py" if ours else "authors")
-        curve |= dict(seed=seed if ours else int(seed[1]))
+        curve = dict(task=task, method="dreamer_v3.py" if ours else "authors", seed=int(seed))
         curves = [other for other in curves if not curve.items() <= other.items()]
         xs, ys = zip(*points, strict=True)
         curve |= dict(xs=xs, ys=ys)
-        if (watched := folder.parent / "cpu.jsonl").exists():
-            lines = map(json.loads, watched.read_text().splitlines())
-            seconds = {}
-            for line in lines:
-                seconds.setdefault(line["step"], line["cpu"])  # when the step was first seen
-            marks = list(seconds), [cpu / 60 for cpu in seconds.values()]
-            curve["minutes"] = np.interp(xs, *marks).round(2).tolist()
+        if spent := cpu_seconds(folder):
+            seconds = np.interp(xs, list(spent), list(spent.values()))
+            curve["minutes"] = (seconds / 60).round(2).tolist()
         curves.append(curve)
     curves.sort(key=lambda curve: (curve["task"], curve["method"], curve["seed"]))
     path.write_text("[\n" + ",\n".join(map(json.dumps, curves)) + "\n]\n")
@@ -245,8 +269,8 @@ def authors(folder):
 
 def load():
     """Tasks in order: name -> runs, and the authors' summary."""
-    others = ("authors.json", "speed.json", "random.json", "side_by_side.json")
-    paths = sorted(path for path in HERE.glob("*.json") if path.name not in others)
+    others = "authors speed random side_by_side family".split()
+    paths = sorted(path for path in HERE.glob("*.json") if path.stem not in others)
     tasks = {path.stem: json.loads(path.read_text()) for path in paths}
     return tasks, json.loads((HERE / "authors.json").read_text())
 
@@ -336,7 +360,29 @@ def table_beside():
             text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {len(seeds)} | {' | '.join(cells)} "
             ends = [curve["minutes"][-1] for curve in seeds if "minutes" in curve]
             spent = f"{np.mean(ends):.0f}" if ends else ""
-            rows.append(f"{text}| {chance[task]['mean']:.0f} | {spent} |")
+            rows.append(f"{text}| {chance[plain(task)]['mean']:.0f} | {spent} |")
+    return rows
+
+
+def table_family():
+    """Evaluations of DreamerV1, V2 and V3 at the end of training."""
+    rows = [
+        "| task | algorithm | agent steps | updates | at the end, each seed | best on the way |"
+    ]
+    rows[0] += " random | CPU minutes | commit | command |"
+    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    chance = json.loads((HERE / "random.json").read_text())
+    runs = json.loads((HERE / "family.json").read_text())
+    for command, same in by_command(runs).items():
+        task, ends = plain(same[0]["task"]), [run["evaluations"][-1] for run in same]
+        best = max(y for run in same for _, y, *_ in run["evaluations"])
+        means = " / ".join(f"{y:.0f} +- {std / (n - 1) ** 0.5:.0f}" for _, y, std, n in ends)
+        spent = np.mean([run["cpu_seconds"] for run in same]) / 60
+        rows.append(
+            f"| {TITLES[same[0]['task']]} | {FAMILY[same[0]['method']][0]} | {same[0]['steps']:,} "
+            f"| {same[0]['updates']:,} | {means} | {best:.0f} | {chance[task]['mean']:.0f} "
+            f"| {spent:.0f} | {', '.join(sorted({run['commit'] for run in same}))} | `{command}` |"
+        )
     return rows
 
 
@@ -444,11 +490,25 @@ TITLES = {
     "dmc_cartpole_balance": "Cartpole balance",
     "dmc_cartpole_swingup": "Cartpole swingup",
     "dmc_walker_walk": "Walker walk",
+    "cartpole_unweighted": "CartPole, losses not weighted",
+    "pendulum_pixels": "Pendulum from pixels",
 }
 PROGRAMS = {
     "authors": ("authors' code (JAX)", "#0072b2"),
     "dreamer_v3.py": ("this file", "#d55e00"),
 }
+
+
+FAMILY = {
+    "dreamer_v1.py": ("DreamerV1", "#009e73"),
+    "dreamer_v2.py": ("DreamerV2", "#0072b2"),
+    "dreamer_v3.py": ("DreamerV3", "#d55e00"),
+}
+
+
+def plain(task):
+    """The task whose random policy is that of a task with other settings."""
+    return re.sub("_(pixels|unweighted)$", "", task)
 
 
 def marks(axis, chance):
@@ -492,7 +552,7 @@ def figures():
                 style = dict(color=orange, lw=1.8) if main else dict(color="0.7", lw=1)
                 label = f"{ours}, each seed" if main else f"{ours}, other settings"
                 (lines[label],) = axis.plot(*zip(*points, strict=True), "o-", ms=3, **style)
-        marks(axis, chance[task])
+        marks(axis, chance[plain(task)])
         axis.set_title(TITLES[task], fontsize=11)
         axis.set_xlabel("environment frames", fontsize=9)
         axis.set_ylabel("training return" if curve else "evaluation return", fontsize=9)
@@ -503,74 +563,107 @@ def figures():
     fig.tight_layout(rect=(0, 0.04, 1, 1))
     fig.savefig(HERE / "curves.png", dpi=110)
     side_by_side()
+    if (HERE / "family.json").exists():
+        family()
 
 
 def side_by_side():
-    """side_by_side.png: both programs, over agent steps and, where it is known, over CPU time.
-
-    Mean and range of the seeds.
-    """
+    """side_by_side.png: both programs, over agent steps and, where it is known, over CPU time."""
     plt = importlib.import_module("matplotlib.pyplot")
     curves = json.loads((HERE / "side_by_side.json").read_text())
     chance = json.loads((HERE / "random.json").read_text())
     tasks = list(dict.fromkeys(curve["task"] for curve in curves))
-    panels = [(task, "xs", "agent steps") for task in tasks]
-    panels += [
-        (task, "minutes", "minutes of one core")
-        for task in tasks
-        if all("minutes" in curve for curve in curves if curve["task"] == task)
-    ]
-    fig, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 4), squeeze=False)
-    for axis, (task, x, unit) in zip(axes[0], panels, strict=True):
+    rows = ("xs", "agent steps"), ("minutes", "minutes of one core")
+    fig, axes = plt.subplots(2, len(tasks), figsize=(0.5 + 3.2 * len(tasks), 6), squeeze=False)
+    for (i, task), (row, (x, unit)) in itertools.product(enumerate(tasks), enumerate(rows)):
+        axis, same = axes[row, i], [curve for curve in curves if curve["task"] == task]
+        if not all(x in curve for curve in same):
+            axis.axis("off")
+            continue
         for method, (label, color) in PROGRAMS.items():
-            same = [c for c in curves if (c["task"], c["method"]) == (task, method)]
-            if same:
-                runs = [
-                    [{"x": a, "y": b} for a, b in zip(c[x], c["ys"], strict=True)] for c in same
+            runs = [
+                [
+                    dict(step=step, x=where, y=y)
+                    for step, where, y in zip(c["xs"], c[x], c["ys"], strict=True)
                 ]
-                label = f"{label}, {len(same)} seed{'s' * (len(same) > 1)}"
-                band(axis, runs, "x", "y", count=10, label=label, color=color, lw=2)
-        marks(axis, chance[task])
+                for c in same
+                if c["method"] == method
+            ]
+            band(axis, runs, "x", "y", by="step", count=8, label=label, color=color)
+        marks(axis, chance[plain(task)])
         axis.set_title(TITLES[task])
         axis.set_xlabel(unit)
-        axis.set_ylabel("return of training episodes")
+        axis.set_xlim(0)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncol=2, frameon=False)
-    fig.tight_layout(rect=(0, 0.07, 1, 1))
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return of training episodes")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False)
+    fig.tight_layout(rect=(0, 0.05, 1, 1))
     fig.savefig(HERE / "side_by_side.png", dpi=120)
+
+
+def family():
+    """family.png: evaluations of DreamerV1, V2 and V3 over agent steps."""
+    plt = importlib.import_module("matplotlib.pyplot")
+    runs = json.loads((HERE / "family.json").read_text())
+    chance = json.loads((HERE / "random.json").read_text())
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    fig, axes = plt.subplots(1, len(tasks), figsize=(0.5 + 3.2 * len(tasks), 3.4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for method, (label, color) in FAMILY.items():
+            same = [run for run in runs if (run["task"], run["method"]) == (task, method)]
+            points = [
+                [{"x": x * run["steps"] / run["frames"], "y": y} for x, y, *_ in run["evaluations"]]
+                for run in same
+            ]
+            band(axis, points, "x", "y", label=label, color=color)
+        marks(axis, chance[plain(task)])
+        axis.set_title(TITLES[task])
+        axis.set_xlabel("agent steps")
+        axis.set_xlim(0)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes[0, 0].set_ylabel("return, most likely actions")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False)
+    fig.tight_layout(rect=(0, 0.08, 1, 1))
+    fig.savefig(HERE / "family.png", dpi=120)
 
 
 def series(folder):
     """A run's folder -> (what its curve is called, lines of metrics)."""
-    args = asdict(dreamer_v3.load_checkpoint(folder)["args"])
-    defaults = asdict(dreamer_v3.Args(**dreamer_v3.PRESETS.get(args["preset"], {})))
+    checkpoint, changed = load_run(folder)
     ignored = ("env_id", "seed", "run_dir", "resume", "total_timesteps")
-    changed = (flag(k, v) for k, v in args.items() if v != defaults[k] and k not in ignored)
+    words = [flag(k, v) for k, v in changed.items() if k not in ignored and v is not None]
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return " ".join([args["env_id"], *changed]), list(map(json.loads, lines))
+    args = checkpoint["args"]
+    return " ".join([args["exp_name"], args["env_id"], *words]), list(map(json.loads, lines))
 
 
-def band(axis, runs, x, y, count=30, **style):
-    """The mean of `y` in intervals of `x`, over all runs, and its range over them."""
-    points = [[(line[x], line[y]) for line in lines if y in line] for lines in runs]
+def band(axis, runs, x, y, by=None, count=30, **style):
+    """Means of `y` in intervals of `by` (or `x`): a thin line for each run, a thick one for all.
+
+    A point stands at the mean `x` of its interval. The thick line has the intervals that every run
+    has: a mean of fewer would jump.
+    """
+    points = [[(line[by or x], line[x], line[y]) for line in lines if y in line] for lines in runs]
     points = [run for run in points if run]
     if not points:
         return
     end = max(point[0] for run in points for point in run)
     edges = np.linspace(0, end, min(count, min(map(len, points))) + 1)
-    means = np.full((len(points), len(edges) - 1), np.nan)
+    means = np.full((len(points), 2, len(edges) - 1), np.nan)
     for row, run in zip(means, points, strict=True):
-        xs, ys = np.array(run).T
-        which = np.clip(np.searchsorted(edges, xs) - 1, 0, len(row) - 1)
+        where, *values = np.array(run).T
+        which = np.clip(np.searchsorted(edges, where) - 1, 0, len(edges) - 2)
         for i in set(which):
-            row[i] = ys[which == i].mean()
-    filled = ~np.isnan(means).all(0)
-    middle, means = ((edges[1:] + edges[:-1]) / 2)[filled], means[:, filled]
-    axis.plot(middle, np.nanmean(means, 0), **style)
-    if len(points) > 1:
-        low, high = np.nanmin(means, 0), np.nanmax(means, 0)
-        axis.fill_between(middle, low, high, color=style["color"], alpha=0.2, lw=0)
+            row[:, i] = [value[which == i].mean() for value in values]
+    thin = dict(color=style["color"], alpha=0.45, lw=1)
+    for row in means if len(points) > 1 else ():
+        axis.plot(*row[:, ~np.isnan(row[1])], **thin)
+    whole = ~np.isnan(means).any((0, 1))
+    axis.plot(*means.mean(0)[:, whole], lw=2.2, **style)
 
 
 def plot(folders, out):
@@ -607,6 +700,7 @@ def main():
     adding.add_argument("runs", nargs="+")
     adding.add_argument("--commit", required=True)
     adding.add_argument("--hardware", required=True)
+    adding.add_argument("--family", action="store_true")
     commands.add_parser("authors").add_argument("folder")
     comparing = commands.add_parser("beside")
     comparing.add_argument("task")
@@ -622,7 +716,7 @@ def main():
     plotting.add_argument("--out", default="plot.png")
     args = parser.parse_args()
     if args.command == "add":
-        add(args.runs, args.commit, args.hardware)
+        add(args.runs, args.commit, args.hardware, args.family)
     elif args.command == "authors":
         authors(args.folder)
     elif args.command == "beside":

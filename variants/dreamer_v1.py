@@ -2,30 +2,32 @@
 
 Paper: Hafner, Lillicrap, Ba, Norouzi, "Dream to Control: Learning Behaviors by Latent Imagination"
 (ICLR 2020), arXiv:1912.01603. "d:" is a file of the released code, github.com/danijar/dreamer at
-56d4d44. The model is that of PlaNet, arXiv:1811.04551.
+56d4d44, whose numbers these are; the paper's differ in places, above all for discrete actions. The
+model is that of PlaNet, arXiv:1811.04551.
 
     python variants/dreamer_v1.py --preset cpu --env-id Pendulum-v1
 
-    here (V1)                                          what V2 made of it
+    here (V1)                                          V2
     30 normal latent variables                         32 categorical ones of 32 classes
-    one KL to both sides, at least 3 nats              balanced: the prior moves faster
+    one KL, prior and posterior alike, at least 3      balanced: the prior moves faster
     a plain GRU                                        a GRU with LayerNorm, and wider
     the actor learns through the dynamics, always      by REINFORCE if its actions are discrete
     continuous actions: tanh of a normal               a normal cut off at +-1
     noise on the actions, no entropy                   entropy in the actor's loss, no noise
     the critic's own values are the targets            those of a copy, made every 100 updates
-    imagination's losses begin at its first new state  at the state it starts from
+    the state imagination starts from has no loss      it has
+    heads of 2 (reward) and 3 (others) hidden layers   4
     Adam                                               Adam with weight decay
 
 Left out, beside what dreamer_v2.py leaves out: ReLU in the convolutions, the most likely one of 100
 samples for the greedy action (the tanh of the mean is taken), a share of random actions that falls
 with time. The action before a sequence is zero, not the recorded one. The discount is predicted:
-a flag of the authors, and off.
+a flag of the authors, and off. They observe images only; vectors are treated as in V2.
 """
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import dreamer_v2 as v2
 import torch
@@ -42,15 +44,15 @@ LIMITS = v2.LIMITS | {"classes": (1, 1)}
 
 @dataclass
 class Args(v2.Args):
-    """Hyperparameters; the defaults are the authors' for control (d:dreamer.py:35)."""
+    """Hyperparameters; the defaults are the authors' for control (d:dreamer.py:28)."""
 
     exp_name: str = "dreamer_v1"  # Name of the experiment, part of the run folder's name.
-    # Type of matrix products in an update. Gradients through 15 steps were tried in float32 only.
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    eval_sample: bool = False  # Evaluate with sampled actions and their noise.
     batch_size: int = 50  # Sequences in a batch (B).
     train_ratio: float = 500.0  # Steps replayed per agent step; an update replays B * T of them.
     deter: int = 200  # Width of the recurrent state (D).
     hidden: int = 200  # Width of the hidden layers of the RSSM.
+    depth: int = 32  # Base number of convolution channels.
     stoch: int = 30  # Latent variables (S).
     free_nats: float = 3.0  # Free bits: the mean KL counts as at least this.
     gamma: float = 0.99  # Discount for one agent step.
@@ -62,13 +64,13 @@ class Args(v2.Args):
     tanh_rewards: bool = False  # Learn tanh(reward) instead of the reward.
     # Deviation of the noise on continuous actions; the share of discrete ones that are random.
     expl_noise: float = 0.3
-    # No flags. The target critic is the critic: a copy that is made after every update.
+    # No flags. The target critic, copied after every update, is the critic without gradient.
     slow_every: ClassVar = 1; weight_decay: ClassVar = 0.0; adam_eps: ClassVar = 1e-7  # fmt: skip
     classes: ClassVar = 1; kl_balance: ClassVar; ent_coef: ClassVar  # fmt: skip
 
 
 class RSSM(v2.RSSM):
-    """As PlaNet's (d:models.py:8): the state is deter (B, D) and stoch (B, S, 1), normal.
+    """As PlaNet's (d:models.py:10): the state is deter (B, D) and stoch (B, S, 1), normal.
 
     Where V2 has logits (..., S, K) of p or q, here are outputs (..., S, 2): mean and deviation.
     """
@@ -78,10 +80,8 @@ class RSSM(v2.RSSM):
         del self.gru, self.gru_norm
         self.random = torch.randn
         self.step_layers = "stoch_in", "gru_x", "gru_h", "posterior_out"
-        self.gru_x, self.gru_h = (
-            v3.linear_layer(hidden, 3 * deter),
-            v3.linear_layer(deter, 3 * deter),
-        )
+        self.gru_x = v3.linear_layer(hidden, 3 * deter)
+        self.gru_h = v3.linear_layer(deter, 3 * deter)
         self.prior_net = v3.mlp(deter, hidden, 1, 2 * stoch)
         self.posterior_out = v3.linear_layer(hidden, 2 * stoch)
 
@@ -91,11 +91,10 @@ class RSSM(v2.RSSM):
         from_x, from_h = v3.f32(linear("gru_x", x)), v3.f32(linear("gru_h", deter))
         (r, u, c), (from_r, from_u, from_c) = from_x.chunk(3, -1), from_h.chunk(3, -1)
         candidate = torch.tanh(c + torch.sigmoid(r + from_r) * from_c)
-        keep = torch.sigmoid(u + from_u)
-        return keep * deter + (1 - keep) * candidate
+        return torch.lerp(candidate, deter, torch.sigmoid(u + from_u))
 
     def normals(self, outputs):
-        """Mean and deviation of p or q: (..., S, 2) -> (..., S) each (d:models.py:62)."""
+        """Mean and deviation of p or q: (..., S, 2) -> (..., S) each (d:models.py:63)."""
         return outputs[..., 0], F.softplus(outputs[..., 1]) + 0.1
 
     def sample(self, outputs, noise):
@@ -112,7 +111,7 @@ class RSSM(v2.RSSM):
 
 
 class TanhNormals:
-    """Policy of continuous actions: tanh of normals, deviation 5 at first (d:models.py:156)."""
+    """Policy of continuous actions: tanh of normals, deviation 5 at first (d:models.py:161)."""
 
     def __init__(self, raw_mean, raw_std):
         self.mean = 5 * torch.tanh(v3.f32(raw_mean) / 5)
@@ -127,30 +126,33 @@ class TanhNormals:
 class Dreamer(v2.Dreamer):
     """All networks."""
 
-    rssm_class, heads = RSSM, dict(reward=2, cont=3, critic=3)  # layers
+    rssm_class, heads = RSSM, dict(reward=2, cont=3, critic=3)  # hidden layers of each
 
 
 def actor_critic_loss(model, feat, action, args):
     """Losses (N, H-1) of actor and critic on imagined trajectories (paper: Eq. 7-8).
 
     The actor climbs the return itself, whose gradient passes through the values, the rewards and
-    the dynamics. feat (N, H+1, F): the states 1 to H count (d:dreamer.py:270); action is not read.
+    the dynamics. feat (N, H+1, F): states 1 to H-1 have losses, H gives its value
+    (d:dreamer.py:270). The start's discount weighs them: it may be the end of an episode, which
+    the authors' starts are not (d:dreamer.py:271). action is not read.
     """
-    feat = feat[:, 1:]
     returns, weight, _, metrics = imagined_returns(model, feat, args)
-    critic = normal_loss(model.critic(feat[:, :-1].detach()).squeeze(-1) - returns.detach())
+    returns, weight = returns[:, 1:], weight[:, 1:]
+    critic = normal_loss(model.critic(feat[:, 1:-1].detach()).squeeze(-1) - returns.detach())
     return {"actor": -weight * returns, "critic": weight * critic}, metrics
 
 
 def explore(action, classes, noise):
     """Action vectors (n, A) with noise: normal, or a share of random choices (d:dreamer.py:246)."""
-    uniform = lambda x: v3.draw(torch.rand, x.shape[:-1], x.device)
     if not classes:
         return (action + noise * v3.draw(torch.randn, action.shape, action.device)).clamp(-1, 1)
-    parts = action.split(classes, -1)
-    randoms = [v3.one_hot((uniform(x) * x.shape[-1]).long(), x.shape[-1]) for x in parts]
-    change = [(uniform(x) < noise).unsqueeze(-1) for x in parts]
-    return torch.cat(list(map(torch.where, change, randoms, parts)), -1)
+    parts = []
+    for part in action.split(classes, -1):
+        draws = v3.draw(torch.rand, (len(part), 2), part.device)
+        choice = v3.one_hot((draws[:, 0] * part.shape[-1]).long(), part.shape[-1])
+        parts.append(torch.where(draws[:, 1:] < noise, choice, part))
+    return torch.cat(parts, -1)
 
 
 class Agent(v2.Agent):

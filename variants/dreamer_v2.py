@@ -1,26 +1,26 @@
-"""DreamerV2: what it does otherwise than DreamerV3.
-
-All the rest is that of dreamer_v3.py: vars(dreamer_v3).update(NAMES) puts what is below in place.
+"""DreamerV2: what it does otherwise than dreamer_v3.py, whose names those of NAMES replace.
 
 Paper: Hafner, Lillicrap, Norouzi, Ba, "Mastering Atari with Discrete World Models" (ICLR 2021),
-arXiv:2010.02193. "v2:" is a file of the released code, github.com/danijar/dreamerv2 at 07d906e.
+arXiv:2010.02193. Numbers: the released code's, github.com/danijar/dreamerv2 at 07d906e ("v2:").
 
     here (V2)                                          what V3 made of it
     vectors as they are, tanh of rewards               symlog vectors, two-hot rewards and returns
     ELU, no norm; a GRU with LayerNorm                 SiLU and RMSNorm; a GRU of blocks
+    1 hidden layer before the prior, 4 in the heads    2 before the prior, 1 or 3 in the heads
     one KL, balanced 0.8 : 0.2, free nats on the mean  two, 1 : 0.1, free nats on each step; unimix
     continuous actions from a normal cut off at +-1    from a normal that the environment clips
-    the value of a state includes its own reward       it begins with the next one
+    v(s) counts the reward received on arriving at s   later rewards only
     targets from a copy of the critic, every 100       its own, but near a moving average
     returns as they are                                divided by their range
     continuous actions learn through the dynamics      all actions learn by REINFORCE
     the critic learns in imagination only              from the replay too
     three Adams, each clipped by its gradient's norm   one LaProp, each tensor clipped by itself
-    sequences start from zeros                         from the state in the replay (here unread)
+    sequences start from zeros                         from the state that the replay has stored
 
-Left out, as V3's do as well and are not the idea: strided convolutions, images without sigmoid, a
-fourth layer in the actor and around vectors, initialisation, prefill, updates in bursts, sampling
-by episodes, the known discount of imagination's first state, a fixed discount for control, float16.
+Left out, so as V3 has it: encoder and decoder of images, cross-entropies of discrete observations,
+three layers in the actor and around vectors (V2: four), initialisation, capacity and sampling of
+the replay, no prefill, evenly spread updates, the predicted discount of imagination's first state
+and of control tasks, colour, float32 (V2: float16).
 """
 
 import copy
@@ -38,7 +38,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dreamer_v3 as v3
 
-imagine = inspect.unwrap(v3.imagine)  # with gradient
+imagine = inspect.unwrap(v3.imagine)  # V3's without its no_grad
 
 PRESETS = {
     "cpu": dict(num_envs=4, total_timesteps=10_000, train_ratio=256, depth=4, deter=256, hidden=128,
@@ -54,11 +54,12 @@ class Args(v3.Args):
 
     preset: Literal["cpu"] | None = None  # Flags of a task; `--preset NAME --help` shows them.
     exp_name: str = "dreamer_v2"  # Name of the experiment, part of the run folder's name.
-    batch_length: int = 50  # Agent steps in a sequence (T); one more before them gives an action.
+    batch_length: int = 50  # Agent steps in a sequence (T).
     train_ratio: float = 50.0  # Steps replayed per agent step; an update replays B * T of them.
     deter: int = 600  # Width of the recurrent state (D).
     hidden: int = 600  # Width of the hidden layers of the RSSM.
     classes: int = 32  # Classes of each latent variable (K).
+    depth: int = 48  # Base number of convolution channels.
     units: int = 400  # Width of the multilayer perceptrons of vectors and heads (U).
     free_nats: float = 0.0  # Free bits: the mean KL counts as at least this.
     gamma: float = 0.999  # Discount for one agent step.
@@ -71,9 +72,10 @@ class Args(v3.Args):
     beta_cont: float = 5.0  # Weight of the loss of the predicted discount.
     tanh_rewards: bool = True  # Learn tanh(reward) instead of the reward.
     slow_every: int = 100  # Updates between two copies of the critic; a copy gives the targets.
-    # A ClassVar is no flag: numbers that nobody changes, and flags that V3 added.
+    # No flags: what nobody changes; float32, as heads give one number; V3's, whose values stay.
     adam_eps: ClassVar = 1e-5; weight_decay: ClassVar = 1e-6; grad_clip: ClassVar = 100  # fmt: skip
-    size: ClassVar = "12m"; blocks: ClassVar; unimix: ClassVar; actor_unimix: ClassVar  # fmt: skip
+    dtype: ClassVar = "float32"; beta1: ClassVar; beta2: ClassVar; size: ClassVar  # fmt: skip
+    blocks: ClassVar; unimix: ClassVar; actor_unimix: ClassVar  # fmt: skip
     beta_pred: ClassVar; beta_dyn: ClassVar; beta_rep: ClassVar; beta_val: ClassVar  # fmt: skip
     beta_repval: ClassVar; slow_reg: ClassVar; tau: ClassVar; return_rate: ClassVar  # fmt: skip
     warmup_updates: ClassVar; agc_clip: ClassVar; laprop_eps: ClassVar  # fmt: skip
@@ -85,7 +87,7 @@ def normal_loss(error):
 
 
 class RSSM(v3.RSSM):
-    """h' = GRU(ELU(Linear(z, a)), h); one hidden layer before p and q (v2:common/nets.py:97)."""
+    """h' = GRU(ELU(Linear(z, a)), h) (v2:common/nets.py:114, 317); one layer before p and q."""
 
     def __init__(self, action_width, embed_dim, deter, hidden, stoch, classes):
         nn.Module.__init__(self)  # V3's layers are not made
@@ -112,21 +114,19 @@ class RSSM(v3.RSSM):
         gates = self.gru_norm(v3.f32(linear("gru", torch.cat([x, deter], -1))))
         reset, candidate, update = gates.chunk(3, -1)  # (B, D) each
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        update = torch.sigmoid(update - 1)
-        return update * candidate + (1 - update) * deter
+        return torch.lerp(deter, candidate, torch.sigmoid(update - 1))
 
     def kl_loss(self, post, prior, args):
         """0.8 KL(sg(q) || p) + 0.2 KL(q || sg(p)) (paper: Algorithm 2): a scalar, and metrics."""
         post, prior = post.log_softmax(-1), prior.log_softmax(-1)
-        least = lambda kl: kl.mean().clamp(min=args.free_nats)
-        kl = v3.categorical_kl(post.detach(), prior)
-        to_prior = v3.categorical_kl(post, prior.detach())
-        loss = args.kl_balance * least(kl) + (1 - args.kl_balance) * least(to_prior)
-        return loss, {"latents/kl": kl.mean()}
+        at_least = lambda kl: kl.mean().clamp(min=args.free_nats)
+        dyn, rep = v3.categorical_kl(post.detach(), prior), v3.categorical_kl(post, prior.detach())
+        loss = args.kl_balance * at_least(dyn) + (1 - args.kl_balance) * at_least(rep)
+        return loss, {"latents/kl": dyn.mean()}
 
 
 class TruncatedNormals:
-    """Policy of continuous actions: normals cut off at -1 and 1 (v2:common/dists.py:72)."""
+    """Policy of continuous actions: normals cut off at +-1 (v2:common/dists.py:72, nets.py:383)."""
 
     def __init__(self, raw_mean, raw_std):
         self.mean = torch.tanh(v3.f32(raw_mean))
@@ -147,8 +147,8 @@ class TruncatedNormals:
 
     def entropy(self):
         """In nats, summed over the actions: (...)."""
-        density = lambda x: torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
-        cut = (self.low * density(self.low) - self.high * density(self.high)) / (2 * self.mass)
+        phi = lambda x: torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)  # density of N(0, 1)
+        cut = (self.low * phi(self.low) - self.high * phi(self.high)) / (2 * self.mass)
         return (cut + (self.std * self.mass).log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
@@ -193,11 +193,11 @@ def world_model_loss(model, batch, args):
 
 
 def imagined_returns(model, feat, args):
-    """Returns G and weights w of states 0 to L-1, (N, L) each, from feat (N, L+1, F):
+    """The returns G and weights w of states 0 to H-1, (N, H) each, from feat (N, H+1, F):
 
-        G[t] = r[t] + c[t] ((1 - lambda) v[t+1] + lambda G[t+1]),  G[L] = v[L];  w[t+1] = w[t] c[t]
+        G[t] = r[t] + c[t] ((1 - lambda) v[t+1] + lambda G[t+1]),  G[H] = v[H];  w[t+1] = w[t] c[t]
 
-    with the target critic's v (N, L+1), given too (paper: Eq. 4). In V3, r and c are those of t+1.
+    (paper: Eq. 4) with v (N, H+1) of the target critic, given too. In V3, r and c are those of t+1.
     """
     head = lambda net: v3.f32(net(feat)).squeeze(-1)  # (N, L+1)
     value, reward, cont = head(model.slow_critic), head(model.reward), head(model.cont).sigmoid()
@@ -207,10 +207,10 @@ def imagined_returns(model, feat, args):
 
 
 def actor_critic_loss(model, feat, action, args):
-    """Losses of actor (N, H-1) and critic (N, H) on imagined trajectories (paper: Eq. 5-6).
+    """Losses of actor (N, H-1) and critic (N, H) on imagined trajectories (paper: Eq. 6 and 5).
 
     Action t earns the return of state t+1: by REINFORCE if it is discrete, otherwise by that
-    return's own gradient, which passes through the dynamics (v2:agent.py:266).
+    return's own gradient, which passes through the dynamics (v2:agent.py:268).
     """
     returns, weight, value, metrics = imagined_returns(model, feat, args)
     policy, objective = model.actor(feat[:, :-2].detach()), returns[:, 1:]
@@ -238,14 +238,14 @@ class Adam(v3.LaProp):
         norms = torch.stack(torch._foreach_norm(grads)).split(self.sizes)
         scales = [(args.grad_clip / norm.norm()).clamp(max=1).expand_as(norm) for norm in norms]
         torch._foreach_mul_(grads, list(torch.cat(scales)))
-        self.updates += 1
+        n = self.updates.add_(1)
         torch._foreach_lerp_(self.mu, grads, 1 - args.beta1)
         torch._foreach_lerp_(self.nu, torch._foreach_mul(grads, grads), 1 - args.beta2)
-        step = torch._foreach_div(self.mu, 1 - args.beta1**self.updates)
-        scale = torch._foreach_sqrt(torch._foreach_div(self.nu, 1 - args.beta2**self.updates))
-        torch._foreach_div_(step, torch._foreach_add(scale, args.adam_eps))
+        scale = torch._foreach_add(torch._foreach_sqrt(self.nu), args.adam_eps)  # as in Keras
+        step = torch._foreach_mul(torch._foreach_div(self.mu, scale), self.rates)
+        torch._foreach_mul_(step, (1 - args.beta2**n).sqrt() / (1 - args.beta1**n))
         torch._foreach_mul_(self.params, 1 - args.weight_decay)
-        torch._foreach_sub_(self.params, torch._foreach_mul(step, self.rates))
+        torch._foreach_sub_(self.params, step)
         return {"losses/grad_norm": torch.cat(norms).norm()}
 
 
@@ -256,16 +256,16 @@ class Agent(v3.Agent):
 
     def __init__(self, args, spaces, device="cpu", dtype=torch.float32):
         super().__init__(args, spaces, device, dtype)
-        model = self.model
-        world = [model.encoder, model.rssm, model.decoder, model.reward, model.cont]
-        self.world = nn.ModuleList(world)
-        groups = [list(part.parameters()) for part in (self.world, model.actor, model.critic)]
+        m = self.model
+        self.world = nn.ModuleList([m.encoder, m.rssm, m.decoder, m.reward, m.cont])
+        groups = [list(part.parameters()) for part in (self.world, m.actor, m.critic)]
         self.optimizer = Adam(groups, (args.learning_rate, args.actor_lr, args.critic_lr), args)
         self.params = self.optimizer.params
 
     def loss(self, batch):
         """The sum of all losses, metrics, and the posterior states: each loss trains one group."""
         args, model = self.args, self.model
+        self.world.requires_grad_(True)  # also after a call that failed
         losses, deter, stoch, metrics = world_model_loss(model, batch, args)
         deter, stoch = deter.detach(), stoch.detach()
         self.world.requires_grad_(False)  # gradients pass through it, and do not train it
@@ -292,7 +292,7 @@ class Agent(v3.Agent):
 NAMES = dict(
     __doc__=__doc__, Args=Args, PRESETS=PRESETS, LIMITS=LIMITS, Agent=Agent, Dreamer=Dreamer,
     BoundedNormals=TruncatedNormals, actor_critic_loss=actor_critic_loss, symlog=lambda x: x,
-    NormSiLU=lambda dim: nn.ELU(),
+    NormSiLU=lambda dim: nn.ELU(), GROUPS=v3.GROUPS | dict(deter="network", actor_lr="variant"),
 )  # fmt: skip
 
 if __name__ == "__main__":

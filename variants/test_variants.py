@@ -121,11 +121,12 @@ def check_behaviour(name="v2", spaces=VECTOR):
     policy = model.actor(feat)
     action = policy.sample().detach()
     losses, _ = agent.behaviour_loss(model, feat, action, args)
-    skip = int(name == "v1")  # V1 counts from the first imagined state
-    parts = predictions(model, feat[:, skip:])
+    skip = int(name == "v1")  # V1 has no loss at the start; its discount counts
+    parts = predictions(model, feat)
     critic = model.critic(feat).squeeze(-1)
     for n in range(2):
         returns, weights = returns_by_loop(*(x[n].tolist() for x in parts), args.return_lambda)
+        returns, weights = returns[skip:], weights[skip:]
         expected = [w * 0.5 * (critic[n, t + skip].item() - g) ** 2
                     for t, (g, w) in enumerate(zip(returns, weights, strict=True))]  # fmt: skip
         close(losses["critic"][n], expected)
@@ -305,27 +306,26 @@ def check_tanh_normal():
 
 @in_float64
 def check_adam():
-    """Five updates are those of three torch.optim.Adam, each group clipped, then decayed."""
+    """Five updates are those of three Adams of Keras, each group clipped, the weights decayed."""
     for module in (dreamer_v1, dreamer_v2):
         args = make_args(module, learning_rate=1e-2, actor_lr=1e-3, critic_lr=3e-3)
         shapes = [(3, 4), (4,)], [(5,)], [(2, 2), (2,)]
         groups = [[torch.randn(shape) for shape in group] for group in shapes]
-        copies = [[p.clone().requires_grad_() for p in group] for group in groups]
+        copies = [[p.clone() for p in group] for group in groups]
+        moments = [[(torch.zeros_like(p), torch.zeros_like(p)) for p in group] for group in groups]
         rates = args.learning_rate, args.actor_lr, args.critic_lr
         ours = dreamer_v2.Adam(groups, rates, args)
-        options = dict(betas=(0.9, 0.999), eps=args.adam_eps)
-        theirs = [torch.optim.Adam(g, lr=r, **options) for g, r in zip(copies, rates, strict=True)]
-        for scale in (1.0, 1e4, 300.0, 1e-3, 10.0):  # some are clipped at 100
-            grads = [torch.randn_like(p) * scale for group in groups for p in group]
-            for p, grad in zip(sum(copies, []), grads, strict=True):
-                p.grad = grad.clone()
-            ours.step(grads)
-            for group, adam in zip(copies, theirs, strict=True):
-                torch.nn.utils.clip_grad_norm_(group, 100.0)
-                with torch.no_grad():
-                    for p in group:
-                        p.mul_(1 - args.weight_decay)
-                adam.step()
+        for n, scale in enumerate((1e-5, 1e4, 300.0, 1e-3, 10.0), 1):  # some are clipped at 100
+            grads = [[torch.randn_like(p) * scale for p in group] for group in groups]
+            ours.step([grad.clone() for group in grads for grad in group])
+            for i, group in enumerate(grads):
+                norm = math.sqrt(sum((grad**2).sum().item() for grad in group))
+                for j, grad in enumerate(group):
+                    g, (m, v) = grad * min(1, 100 / norm), moments[i][j]
+                    m, v = moments[i][j] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+                    rate = rates[i] * math.sqrt(1 - 0.999**n) / (1 - 0.9**n)
+                    decayed = copies[i][j] * (1 - args.weight_decay)
+                    copies[i][j] = decayed - rate * m / (torch.sqrt(v) + args.adam_eps)
         for p, copied in zip(sum(groups, []), sum(copies, []), strict=True):
             close(p, copied, rtol=1e-7)
 
@@ -381,6 +381,11 @@ def check_wiring():
                 size = len(parts[part])
                 assert all(grad is not None for grad in grads[:size]), part
                 assert all(grad is None for grad in grads[size:]), part
+            # An update that failed in imagination does not spoil the next one.
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+                patch.setattr(agent, "behaviour_loss", lambda *_: 1 / 0)
+                agent.train_step(batch)
+            assert agent.train_step(batch)[0]["losses/total"].isfinite()
 
 
 world_of = dreamer_v2.world_model_loss
@@ -408,17 +413,18 @@ def check_dynamics_gradient():
     """V1's actor gradient is that of finite differences, where one action decides."""
     agent = make_agent(dreamer_v1, CONTINUOUS)
     # With two steps, the return of state 1 has one reward and, beyond it, the value of state 2,
-    # whose action sees no gradient of features; a discount of 0 leaves the reward alone.
+    # whose action sees no gradient of features; a tiny discount leaves the reward alone.
     agent.model.cont[-1].weight.data.zero_()
-    agent.model.cont[-1].bias.data.fill_(-1e3)
+    agent.model.cont[-1].bias.data.fill_(math.log(1e-8))
     params = list(agent.model.actor.parameters())
-    grads = torch.autograd.grad(imagine_once(agent), params)
+    loss = lambda: imagine_once(agent) * 1e8  # the weight of state 1 is the discount, too
+    grads = torch.autograd.grad(loss(), params)
     assert sum(grad.abs().sum() for grad in grads) > 1e-3
     for p, grad in zip(params, grads, strict=True):
         i, values = grad.abs().argmax(), []
         for step in (1e-6, -1e-6):
             p.data.view(-1)[i] += step
-            values.append(imagine_once(agent).item())
+            values.append(loss().item())
             p.data.view(-1)[i] -= step
         close((values[0] - values[1]) / 2e-6, grad.view(-1)[i], rtol=1e-5, atol=1e-8)
 
