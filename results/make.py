@@ -335,7 +335,8 @@ def table_authors():
 def at_random(chance, task, run):
     """Mean return of a random policy with the action repeat of the run; empty if not measured."""
     repeat = int((re.findall(r"--action-repeat (\d+)", run["command"]) or [1])[0])
-    return f"{chance[task]['mean']:.0f}" if repeat == chance[task]["action_repeat"] else ""
+    policy = chance[plain(task)]
+    return f"{policy['mean']:.0f}" if repeat == policy["action_repeat"] else ""
 
 
 def table_beside():
@@ -460,7 +461,7 @@ def table_quick():
             if len(same) > 1:  # what was tried once is in the other tables
                 last = " / ".join(f"{run['evaluations'][-1][1]:.0f}" for run in same)
                 row = f"| {task} | {same[0]['steps']:,} | {minutes(same)} "
-                solved = chance[task]["solved"]
+                solved = chance[plain(task)]["solved"]
                 row += f"| {at_random(chance, task, same[0])} | {last} "
                 row += f"| {'none' if solved is None else f'{solved:.0f}'} "
                 rows.append(f"{row}| [{numbers(tasks)[command]}](results/README.md#commands) |")
@@ -524,7 +525,9 @@ def figures():
     """curves.png: our runs, one line each; on the authors' mean and range where they have them."""
     plt = importlib.import_module("matplotlib.pyplot")
     (tasks, published), chance = load(), json.loads((HERE / "random.json").read_text())
-    order = sorted(tasks, key=lambda task: task not in published)
+    seen = lambda task: max(len(run["evaluations"]) for run in tasks[task])  # two are no curve
+    order = [task for task in tasks if task in published or seen(task) > 2]
+    order.sort(key=lambda task: task not in published)
     fig, axes = plt.subplots(-(-len(order) // 3), 3, figsize=(10.5, 9), squeeze=False)
     for axis in axes.flat[len(order) :]:
         axis.axis("off")
