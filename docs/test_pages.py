@@ -141,6 +141,20 @@ def test_readme_normaliser(tmp_path, monkeypatch):
     close(agent.model.return_range, expected, rtol=1e-5)
 
 
+def test_readme_flag(tmp_path, monkeypatch):
+    """The page's new flag: the replay holds signs, the returns are the environment's."""
+    readme_diff("sign_rewards", tmp_path)
+    module = load_module(tmp_path / "dreamer_v3.py", monkeypatch)
+    settings = dict(env_id="TestCounting-v0", total_timesteps=30, sign_rewards=True)
+    folder = short_run(module, tmp_path, **settings)
+    args = module.load_checkpoint(folder)["args"]
+    envs = module.Environments(args, 1, 0)
+    agent = module.Agent(args, envs.spaces)
+    trainer = module.Trainer(args, envs, agent, folder, module.load_checkpoint(folder))
+    assert set(trainer.replay.data["reward"][:30].flat) == {0.0, 1.0}
+    assert max(line.get("charts/episodic_return", 0) for line in read_metrics(folder)) > 5
+
+
 def test_page_environment(tmp_path, monkeypatch):
     """The page's environment is remembered: 1 for the sign that was shown, else 0. A notebook."""
     definition, notebook, _ = page_blocks("python", ENVIRONMENTS)

@@ -36,8 +36,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "variants")]
 import dreamer_v3  # noqa: E402
 
-PAGES = "README.md results/README.md docs/speed.md docs/family.md".split()
-PAGES = [HERE.parent / name for name in PAGES]
+PAGES = [HERE.parent / name for name in ("README.md", "results/README.md", "docs/speed.md")]
 DMC = "--action-repeat 2 --env-id shimmy:dm_control/"
 ATARI = """--env-kwargs '{"repeat_action_probability": 0.0}' --env-id ALE/"""
 RANDOM = {  # the flags that set the environment of each task
@@ -378,11 +377,12 @@ def table_family():
         task, ends = plain(same[0]["task"]), [run["evaluations"][-1] for run in same]
         best = max(y for run in same for _, y, *_ in run["evaluations"])
         means = " / ".join(f"{y:.0f} +- {std / (n - 1) ** 0.5:.0f}" for _, y, std, n in ends)
-        spent = np.mean([run["cpu_seconds"] for run in same]) / 60
+        known = [run["cpu_seconds"] / 60 for run in same if run.get("cpu_seconds")]
         rows.append(
             f"| {TITLES[same[0]['task']]} | {FAMILY[same[0]['method']][0]} | {same[0]['steps']:,} "
             f"| {same[0]['updates']:,} | {means} | {best:.0f} | {chance[task]['mean']:.0f} "
-            f"| {spent:.0f} | {', '.join(sorted({run['commit'] for run in same}))} | `{command}` |"
+            f"| {f'{np.mean(known):.0f}' if known else ''} "
+            f"| {', '.join(sorted({run['commit'] for run in same}))} | `{command}`{stopped(same)} |"
         )
     return rows
 
@@ -491,7 +491,7 @@ TITLES = {
     "dmc_cartpole_balance": "Cartpole balance",
     "dmc_cartpole_swingup": "Cartpole swingup",
     "dmc_walker_walk": "Walker walk",
-    "cartpole_unweighted": "CartPole, losses not weighted",
+    "cartpole_unweighted": "CartPole, not weighted",
     "pendulum_pixels": "Pendulum from pixels",
 }
 PROGRAMS = {
@@ -577,7 +577,7 @@ def side_by_side():
     chance = json.loads((HERE / "random.json").read_text())
     tasks = list(dict.fromkeys(curve["task"] for curve in curves))
     rows = ("xs", "agent steps"), ("minutes", "minutes of one core")
-    fig, axes = plt.subplots(2, len(tasks), figsize=(0.5 + 3.2 * len(tasks), 6), squeeze=False)
+    fig, axes = plt.subplots(2, len(tasks), figsize=(0.4 + 2.6 * len(tasks), 5.4), squeeze=False)
     for (i, task), (row, (x, unit)) in itertools.product(enumerate(tasks), enumerate(rows)):
         axis, same = axes[row, i], [curve for curve in curves if curve["task"] == task]
         if not all(x in curve for curve in same):
@@ -600,8 +600,8 @@ def side_by_side():
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("return of training episodes")
+    for row in axes:
+        next(axis for axis in row if axis.axison).set_ylabel("return of training episodes")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False)
     fig.tight_layout(rect=(0, 0.05, 1, 1))
     fig.savefig(HERE / "side_by_side.png", dpi=120)
