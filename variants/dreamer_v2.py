@@ -43,7 +43,7 @@ imagine = inspect.unwrap(v3.imagine)  # V3's without its no_grad
 PRESETS = {
     "cpu": dict(num_envs=4, total_timesteps=10_000, train_ratio=256, depth=4, deter=256, hidden=128,
         classes=8, units=128, free_nats=1, beta_kl=1, beta_cont=1, gamma=0.97, learning_rate=6e-4,
-        actor_lr=3e-4, critic_lr=3e-4, tanh_rewards=False),
+        actor_lr=3e-4, critic_lr=3e-4, tanh_rewards=False, batch_length=64),
 }  # fmt: skip
 LIMITS = v3.LIMITS | dict(kl_balance=(0, 1), slow_every=(1, v3.HUGE), imag_horizon=(2, v3.HUGE))
 
