@@ -783,7 +783,7 @@ class Dreamer(nn.Module):
         """The next state, its features (N, F), and the actor's choice in it (N, A)."""
         deter, stoch = self.rssm.imagine_step(deter, stoch, action, layers)
         feat = self.rssm.feat(deter, stoch)
-        return deter, stoch, feat, self.actor(feat.detach()).sample()
+        return deter, stoch, feat, self.actor(feat.detach()).sample()  # detach: see variants/
 
 
 def world_model_loss(model, batch, args):

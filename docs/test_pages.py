@@ -152,7 +152,8 @@ def test_readme_flag(tmp_path, monkeypatch):
     agent = module.Agent(args, envs.spaces)
     trainer = module.Trainer(args, envs, agent, folder, module.load_checkpoint(folder))
     assert set(trainer.replay.data["reward"][:30].flat) == {0.0, 1.0}
-    assert max(line.get("charts/episodic_return", 0) for line in read_metrics(folder)) > 5
+    returns = [line.get("charts/episodic_return", 0) for line in read_metrics(folder)]
+    assert max(returns) > 9, "an episode has 6 steps at most"
 
 
 def test_page_environment(tmp_path, monkeypatch):

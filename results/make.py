@@ -566,8 +566,7 @@ def figures():
     fig.tight_layout(rect=(0, 0.04, 1, 1))
     fig.savefig(HERE / "curves.png", dpi=110)
     side_by_side()
-    if (HERE / "family.json").exists():
-        family()
+    family()
 
 
 def side_by_side():
@@ -637,7 +636,7 @@ def family():
 def series(folder):
     """A run's folder -> (what its curve is called, lines of metrics)."""
     checkpoint, changed = load_run(folder)
-    ignored = ("env_id", "seed", "run_dir", "resume", "total_timesteps")
+    ignored = ("exp_name", "env_id", "seed", "run_dir", "resume", "total_timesteps")
     words = [flag(k, v) for k, v in changed.items() if k not in ignored and v is not None]
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     args = checkpoint["args"]
@@ -742,3 +741,5 @@ if __name__ == "__main__":
         main()
     except ModuleNotFoundError as error:
         sys.exit(f"this needs {error.name}: pip install {error.name}")
+    except OSError as error:
+        sys.exit(f"cannot read {error.filename}: {error.strerror}")

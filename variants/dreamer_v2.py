@@ -1,4 +1,4 @@
-"""DreamerV2: what it does otherwise than dreamer_v3.py, whose names those of NAMES replace.
+"""DreamerV2: what it does otherwise than dreamer_v3.py. The names in NAMES replace that file's.
 
 Paper: Hafner, Lillicrap, Norouzi, Ba, "Mastering Atari with Discrete World Models" (ICLR 2021),
 arXiv:2010.02193. Numbers: the released code's, github.com/danijar/dreamerv2 at 07d906e ("v2:").
@@ -72,7 +72,7 @@ class Args(v3.Args):
     beta_cont: float = 5.0  # Weight of the loss of the predicted discount.
     tanh_rewards: bool = True  # Learn tanh(reward) instead of the reward.
     slow_every: int = 100  # Updates between two copies of the critic; a copy gives the targets.
-    # No flags: what nobody changes; float32, as heads give one number; V3's, whose values stay.
+    # Not flags: constants; float32, as bfloat16 rounds a head's one number; flags of V3 alone.
     adam_eps: ClassVar = 1e-5; weight_decay: ClassVar = 1e-6; grad_clip: ClassVar = 100  # fmt: skip
     dtype: ClassVar = "float32"; beta1: ClassVar; beta2: ClassVar; size: ClassVar  # fmt: skip
     blocks: ClassVar; unimix: ClassVar; actor_unimix: ClassVar  # fmt: skip

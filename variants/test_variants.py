@@ -567,8 +567,33 @@ def thawed(original):
     return init
 
 
+def epsilon_of_torch(step):
+    """An Adam that adds epsilon after the correction of the mean of squares."""
+
+    def wrong(self, grads):
+        corrected = math.sqrt(1 - self.args.beta2 ** (self.updates.item() + 1))
+        self.args = replace(self.args)
+        self.args.adam_eps = type(self.args).adam_eps * corrected
+        return step(self, grads)
+
+    return wrong
+
+
+def start_not_weighted(returns):
+    """V1's weights from 1 at the first imagined state on."""
+
+    def wrong(*args):
+        g, weight, *others = returns(*args)
+        return g, weight / weight[:, 1:2], *others
+
+    return wrong
+
+
 v2 = dreamer_v2
 MISTAKES = {
+    "epsilon as in torch": (v2.Adam, "step", check_adam, epsilon_of_torch),
+    "start not weighted": (dreamer_v1, "imagined_returns", lambda: check_behaviour("v1"),
+        start_not_weighted),
     "rewards one step late": (dreamer_v3, "lambda_return", check_returns,
         lambda f: lambda r, v, c, last, lam: f(torch.roll(r, 1, 1), v, c, last, lam)),
     "no lambda": (dreamer_v3, "lambda_return", check_returns,
