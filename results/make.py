@@ -347,16 +347,18 @@ def table_beside():
     chance = json.loads((HERE / "random.json").read_text())
     for task in dict.fromkeys(curve["task"] for curve in curves):
         same = [curve for curve in curves if curve["task"] == task]
-        end = max(x for curve in same for x in curve["xs"])
-        for method in ("authors", "dreamer_v3.py"):
+        end = max(x for c in curves if plain(c["task"]) == plain(task) for x in c["xs"])
+        for method in sorted({curve["method"] for curve in same}):
             seeds, cells = [curve for curve in same if curve["method"] == method], []
             for fifth in range(5):
                 low, high = fifth * end / 5, (fifth + 1) * end / 5
-                means = [
-                    np.mean([y for x, y in zip(c["xs"], c["ys"], strict=True) if low < x <= high])
+                inside = [
+                    [y for x, y in zip(c["xs"], c["ys"], strict=True) if low < x <= high]
                     for c in seeds
                 ]
-                cells.append(f"{np.mean(means):.0f} ({min(means):.0f} to {max(means):.0f})")
+                means = [np.mean(ys) for ys in inside if ys]
+                spread = f" ({min(means):.0f} to {max(means):.0f})" if len(means) > 1 else ""
+                cells.append(f"{np.mean(means):.0f}{spread}" if means else "")
             text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {len(seeds)} | {' | '.join(cells)} "
             ends = [curve["minutes"][-1] for curve in seeds if "minutes" in curve]
             spent = f"{np.mean(ends):.0f}" if ends else ""
@@ -491,6 +493,8 @@ TITLES = {
     "dmc_cartpole_balance": "Cartpole balance",
     "dmc_cartpole_swingup": "Cartpole swingup",
     "dmc_walker_walk": "Walker walk",
+    "cartpole_lag": "CartPole, lagging, seed 1",
+    "cartpole_more": "CartPole, seed 4, 6,000 steps",
     "cartpole_unweighted": "CartPole, not weighted",
     "pendulum_pixels": "Pendulum from pixels",
 }
@@ -509,7 +513,7 @@ FAMILY = {
 
 def plain(task):
     """The task whose random policy is that of a task with other settings."""
-    return re.sub("_(pixels|unweighted)$", "", task)
+    return re.sub("_(lag|more|pixels|unweighted)$", "", task)
 
 
 def marks(axis, chance):
@@ -574,7 +578,8 @@ def side_by_side():
     plt = importlib.import_module("matplotlib.pyplot")
     curves = json.loads((HERE / "side_by_side.json").read_text())
     chance = json.loads((HERE / "random.json").read_text())
-    tasks = list(dict.fromkeys(curve["task"] for curve in curves))
+    tasks = dict.fromkeys(curve["task"] for curve in curves)
+    tasks = [task for task in tasks if not task.endswith(("_lag", "_more"))]
     rows = ("xs", "agent steps"), ("minutes", "minutes of one core")
     fig, axes = plt.subplots(2, len(tasks), figsize=(0.4 + 2.6 * len(tasks), 5.4), squeeze=False)
     for (i, task), (row, (x, unit)) in itertools.product(enumerate(tasks), enumerate(rows)):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -76,6 +77,20 @@ def test_results_against_the_authors(monkeypatch):
     assert {name: make.task_name(name) for name in names} == names
     xs, ys = [1, 10_000, 10_001, 25_000, 40_000, 999_999], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]
     assert make.binned(xs, ys, 50_000) == [2.0, 5.0, 7.0, 9.0, None]
+
+
+def test_fifths_that_are_apart():
+    """The page says in how many fifths all seeds of one program lie above those of the other."""
+    page = PAGES["results/README.md"]
+    table = page.split("<!-- table beside -->")[1].split("<!-- end -->")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if " | 3 | " in line]
+    ranges = [[re.findall(r"(-?\d+) to (-?\d+)", cell) for cell in row[3:8]] for row in rows]
+    ranges = np.array(ranges, int).reshape(-1, 2, 5, 2)  # task, program, fifth, ends
+    low, high = ranges[..., 0], ranges[..., 1]
+    apart = (low[:, 0] > high[:, 1]) | (low[:, 1] > high[:, 0])
+    said = re.search(r"Of the (\d+) fifths above with three seeds each, (\d+) are apart", page)
+    assert (apart.size, apart.sum()) == tuple(map(int, said.groups()))
+    assert apart.size / 10 == float(re.search(r"Chance alone makes ([\d.]+)\.", page)[1])
 
 
 def test_benchmark(tmp_path, monkeypatch, capsys):
