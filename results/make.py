@@ -155,14 +155,14 @@ def beside(task, folders):
     """side_by_side.json: returns of training episodes, of our runs and of the authors' code.
 
     A folder is a run of ours, or a `--logdir` of theirs; xs are agent steps. minutes: CPU time at
-    each of them, if it is known.
+    each of them, if it is known. greedy: mean of the last evaluation, of ours.
     """
     path = HERE / "side_by_side.json"
     curves = json.loads(path.read_text()) if path.exists() else []
     for folder in map(Path, folders):
         ours = (folder / "metrics.jsonl").exists() and (folder / "checkpoint.pt").exists()
         name, key = ("metrics", "charts/episodic_return") if ours else ("scores", "episode/score")
-        lines = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+        lines = list(map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines()))
         points = [(line["step"], round(line[key], 2)) for line in lines if key in line]
         config = (folder / "config.yaml").read_text() if not ours else ""
         seed = (
@@ -177,6 +177,10 @@ def beside(task, folders):
         if spent := cpu_seconds(folder):
             seconds = np.interp(xs, list(spent), list(spent.values()))
             curve["minutes"] = (seconds / 60).round(2).tolist()
+        if ends := [
+            line["eval/episodic_return"] for line in lines if "eval/episodic_return" in line
+        ]:
+            curve["greedy"] = round(ends[-1], 2)
         curves.append(curve)
     curves.sort(key=lambda curve: (curve["task"], curve["method"], curve["seed"]))
     path.write_text("[\n" + ",\n".join(map(json.dumps, curves)) + "\n]\n")
@@ -240,6 +244,15 @@ def binned(xs, ys, end=ENOUGH):
     bins = np.ceil(np.array(xs) / BIN).astype(int)
     values = [np.array(ys)[bins == i] for i in range(1, end // BIN + 1)]
     return [round(float(x.mean()), 4) if len(x) else None for x in values]
+
+
+def returns(run):
+    """Frames and returns of a run's training episodes.
+
+    Of its evaluations with sampled actions, if none ended: --resume begins new episodes.
+    """
+    points = [(x, y) for x, y, *_ in run["evaluations"] if run["sampled"] and not run["xs"]]
+    return zip(*points, strict=True) if points else (run["xs"], run["ys"])
 
 
 def authors(folder):
@@ -309,7 +322,7 @@ def table_authors():
     chance = json.loads((HERE / "random.json").read_text())
     for task, curve in published.items():
         for command, runs in by_command(tasks[task]).items():
-            ours = [binned(run["xs"], run["ys"]) for run in runs]
+            ours = [binned(*returns(run)) for run in runs]
             full = [i for i, column in enumerate(zip(*ours, strict=True)) if None not in column]
             if not full:
                 continue
@@ -339,10 +352,13 @@ def at_random(chance, task, run):
 
 
 def table_beside():
-    """Mean return in each fifth of training, and the range of the seeds, of both programs."""
+    """Mean return in each fifth of training, and the range of the seeds, of both programs.
+
+    CPU minutes are those to the last step that all curves of a task have.
+    """
     rows = ["| task | program | seeds | first fifth | second | third | fourth | last | random |"]
-    rows[0] += " CPU minutes |"
-    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows[0] += " at the end, greedy | CPU minutes |"
+    rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     curves = json.loads((HERE / "side_by_side.json").read_text())
     chance = json.loads((HERE / "random.json").read_text())
     for task in dict.fromkeys(curve["task"] for curve in curves):
@@ -360,9 +376,11 @@ def table_beside():
                 spread = f" ({min(means):.0f} to {max(means):.0f})" if len(means) > 1 else ""
                 cells.append(f"{np.mean(means):.0f}{spread}" if means else "")
             text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {len(seeds)} | {' | '.join(cells)} "
-            ends = [curve["minutes"][-1] for curve in seeds if "minutes" in curve]
-            spent = f"{np.mean(ends):.0f}" if ends else ""
-            rows.append(f"{text}| {chance[plain(task)]['mean']:.0f} | {spent} |")
+            greedy = " / ".join(f"{curve['greedy']:.0f}" for curve in seeds if "greedy" in curve)
+            step = min(curve["xs"][-1] for curve in same)  # which all have reached
+            known = [np.interp(step, c["xs"], c["minutes"]) for c in seeds if "minutes" in c]
+            spent = f"{np.mean(known):.0f}" if known else ""
+            rows.append(f"{text}| {chance[plain(task)]['mean']:.0f} | {greedy} | {spent} |")
     return rows
 
 
@@ -539,7 +557,7 @@ def figures():
     for axis, task in zip(axes.flat, order, strict=False):
         curve, runs = published.get(task), tasks[task]
         if curve:
-            end = BIN + 2 * max(x for run in runs for x in run["xs"])
+            end = BIN + 2 * max(run["frames"] for run in runs)
             columns = zip(*(curve[x] for x in ("frames", "mean", "least", "most")), strict=True)
             columns = [column for column in columns if column[0] <= end and None not in column]
             xs, mean, least, most = zip(*columns, strict=True)
@@ -551,7 +569,7 @@ def figures():
         for same in groups:
             for run in same:
                 if curve:
-                    means = enumerate(binned(run["xs"], run["ys"]), 1)
+                    means = enumerate(binned(*returns(run)), 1)
                     points = [(BIN * i, mean) for i, mean in means if mean is not None]
                 else:
                     points = [(frames, mean) for frames, mean, _, _ in run["evaluations"]]
