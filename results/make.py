@@ -249,10 +249,13 @@ def binned(xs, ys, end=ENOUGH):
 def returns(run):
     """Frames and returns of a run's training episodes.
 
-    Of its evaluations with sampled actions, if none ended: --resume begins new episodes.
+    Of its evaluations with sampled actions, up to the last full span, if none ended: --resume
+    begins new episodes.
     """
-    points = [(x, y) for x, y, *_ in run["evaluations"] if run["sampled"] and not run["xs"]]
-    return zip(*points, strict=True) if points else (run["xs"], run["ys"])
+    if run["xs"] or not run["sampled"]:
+        return run["xs"], run["ys"]
+    full = run["frames"] // BIN * BIN
+    return zip(*((x, y) for x, y, *_ in run["evaluations"] if x <= full), strict=True)
 
 
 def authors(folder):
@@ -568,8 +571,8 @@ def figures():
         groups = sorted(by_command(runs).values(), key=len)
         for same in groups:
             for run in same:
-                if curve:
-                    means = enumerate(binned(*returns(run)), 1)
+                if curve and run["xs"]:
+                    means = enumerate(binned(run["xs"], run["ys"]), 1)
                     points = [(BIN * i, mean) for i, mean in means if mean is not None]
                 else:
                     points = [(frames, mean) for frames, mean, _, _ in run["evaluations"]]
@@ -635,7 +638,8 @@ def family():
     runs = json.loads((HERE / "family.json").read_text())
     chance = json.loads((HERE / "random.json").read_text())
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    fig, axes = plt.subplots(1, len(tasks), figsize=(0.5 + 3.2 * len(tasks), 3.4), squeeze=False)
+    size = max(5, 0.5 + 3.2 * len(tasks)), 3.4
+    fig, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for method, (label, color) in FAMILY.items():
             same = [run for run in runs if (run["task"], run["method"]) == (task, method)]

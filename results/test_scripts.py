@@ -77,6 +77,12 @@ def test_results_against_the_authors(monkeypatch):
     assert {name: make.task_name(name) for name in names} == names
     xs, ys = [1, 10_000, 10_001, 25_000, 40_000, 999_999], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]
     assert make.binned(xs, ys, 50_000) == [2.0, 5.0, 7.0, 9.0, None]
+    # Sampled evaluations stand in for training episodes where none ended, up to a full span.
+    points = [[16_000, 1.0, 0.5, 4], [20_000, 2.0, 0.5, 4], [24_000, 9.0, 0.5, 4]]
+    run = dict(xs=[], ys=[], sampled=True, frames=25_000, evaluations=points)
+    assert list(make.returns(run)) == [(16_000, 20_000), (1.0, 2.0)]
+    assert make.returns(run | dict(sampled=False)) == ([], [])
+    assert make.returns(run | dict(xs=[5], ys=[3.0])) == ([5], [3.0])
 
 
 def test_fifths_that_are_apart():
