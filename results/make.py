@@ -255,7 +255,8 @@ def returns(run):
     if run["xs"] or not run["sampled"]:
         return run["xs"], run["ys"]
     full = run["frames"] // BIN * BIN
-    return zip(*((x, y) for x, y, *_ in run["evaluations"] if x <= full), strict=True)
+    points = [(x, y) for x, y, *_ in run["evaluations"] if x <= full]
+    return zip(*points, strict=True) if points else ([], [])
 
 
 def authors(folder):

@@ -82,6 +82,7 @@ def test_results_against_the_authors(monkeypatch):
     run = dict(xs=[], ys=[], sampled=True, frames=25_000, evaluations=points)
     assert list(make.returns(run)) == [(16_000, 20_000), (1.0, 2.0)]
     assert make.returns(run | dict(sampled=False)) == ([], [])
+    assert make.returns(run | dict(frames=15_000)) == ([], [])
     assert make.returns(run | dict(xs=[5], ys=[3.0])) == ([5], [3.0])
 
 
