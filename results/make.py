@@ -355,6 +355,24 @@ def at_random(chance, task, run):
     return f"{policy['mean']:.0f}" if repeat == policy["action_repeat"] else ""
 
 
+def fifths(curve, end):
+    """Mean return of the episodes in each fifth of the steps up to `end`: 5, nan if none ended."""
+    fifth = np.ceil(5 * np.array(curve["xs"]) / end)
+    parts = [np.array(curve["ys"])[fifth == number] for number in range(1, 6)]
+    return [part.mean() if len(part) else np.nan for part in parts]
+
+
+def beside_groups():
+    """The curves of the side by side and their fifths, (task, program) -> (curves, (n, 5))."""
+    curves, groups = json.loads((HERE / "side_by_side.json").read_text()), {}
+    for task in dict.fromkeys(curve["task"] for curve in curves):
+        end = max(x for c in curves if plain(c["task"]) == plain(task) for x in c["xs"])
+        for method in sorted({curve["method"] for curve in curves if curve["task"] == task}):
+            seeds = [c for c in curves if (c["task"], c["method"]) == (task, method)]
+            groups[task, method] = seeds, np.array([fifths(curve, end) for curve in seeds])
+    return groups
+
+
 def table_beside():
     """Mean return in each fifth of training, and the range of the seeds, of both programs.
 
@@ -363,28 +381,20 @@ def table_beside():
     rows = ["| task | program | seeds | first fifth | second | third | fourth | last | random |"]
     rows[0] += " at the end, greedy | CPU minutes |"
     rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    curves = json.loads((HERE / "side_by_side.json").read_text())
-    chance = json.loads((HERE / "random.json").read_text())
-    for task in dict.fromkeys(curve["task"] for curve in curves):
-        same = [curve for curve in curves if curve["task"] == task]
-        end = max(x for c in curves if plain(c["task"]) == plain(task) for x in c["xs"])
-        for method in sorted({curve["method"] for curve in same}):
-            seeds, cells = [curve for curve in same if curve["method"] == method], []
-            for fifth in range(5):
-                low, high = fifth * end / 5, (fifth + 1) * end / 5
-                inside = [
-                    [y for x, y in zip(c["xs"], c["ys"], strict=True) if low < x <= high]
-                    for c in seeds
-                ]
-                means = [np.mean(ys) for ys in inside if ys]
-                spread = f" ({min(means):.0f} to {max(means):.0f})" if len(means) > 1 else ""
-                cells.append(f"{np.mean(means):.0f}{spread}" if means else "")
-            text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {len(seeds)} | {' | '.join(cells)} "
-            greedy = " / ".join(f"{curve['greedy']:.0f}" for curve in seeds if "greedy" in curve)
-            step = min(curve["xs"][-1] for curve in same)  # which all have reached
-            known = [np.interp(step, c["xs"], c["minutes"]) for c in seeds if "minutes" in c]
-            spent = f"{np.mean(known):.0f}" if known else ""
-            rows.append(f"{text}| {chance[plain(task)]['mean']:.0f} | {greedy} | {spent} |")
+    chance, groups = json.loads((HERE / "random.json").read_text()), beside_groups()
+    for (task, method), (seeds, parts) in groups.items():
+        cells = []
+        for means in parts.T:
+            means = means[~np.isnan(means)]
+            spread = f" ({means.min():.0f} to {means.max():.0f})" if len(means) > 1 else ""
+            cells.append(f"{means.mean():.0f}{spread}" if len(means) else "")
+        text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {len(seeds)} | {' | '.join(cells)} "
+        greedy = " / ".join(f"{curve['greedy']:.0f}" for curve in seeds if "greedy" in curve)
+        # The last step that all curves of the task have.
+        step = min(c["xs"][-1] for key, group in groups.items() if key[0] == task for c in group[0])
+        known = [np.interp(step, c["xs"], c["minutes"]) for c in seeds if "minutes" in c]
+        spent = f"{np.mean(known):.0f}" if known else ""
+        rows.append(f"{text}| {chance[plain(task)]['mean']:.0f} | {greedy} | {spent} |")
     return rows
 
 
