@@ -818,12 +818,11 @@ def world_model_loss(model, batch, args):
 # ---- 8. Behaviour: actor and critic (paper: Critic learning, Actor learning, Eq. 4-7) ------------
 
 
-@torch.no_grad()
 def imagine(model, deter, stoch, horizon):
     """Dream from N states with the actor's actions: feat (N, H+1, F), action (N, H+1, A).
 
-    deter (N, D), stoch (N, S, K). Nothing carries a gradient: the actor learns by REINFORCE alone,
-    and imagination teaches the world model nothing. [D13] [D18]
+    deter (N, D), stoch (N, S, K). `Agent.loss` calls it without gradient: the actor learns by
+    REINFORCE alone, and imagination teaches the world model nothing. [D13] [D18]
 
         t          0    1   ...   H
         feat       s0   s1  ...   sH      s0 is a state of the replay
@@ -1103,7 +1102,8 @@ class Agent:
         args, model = self.args, self.model
         losses, deter, stoch, metrics = world_model_loss(model, batch, args)
         starts = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)  # (N, ...)
-        feat, action = imagine(model, *starts, args.imag_horizon)
+        with torch.no_grad():
+            feat, action = imagine(model, *starts, args.imag_horizon)
         behaviour, returns, behaviour_metrics = self.behaviour_loss(model, feat, action, args)
         bootstrap = returns[:, 0].unflatten(0, deter.shape[:2])  # (B, T)
         feat = model.rssm.feat(deter, stoch)  # with gradient into the world model

@@ -16,13 +16,14 @@ model is that of PlaNet, arXiv:1811.04551.
     noise on the actions, no entropy                   entropy in the actor's loss, no noise
     the critic's own values are the targets            those of a copy, made every 100 updates
     the state imagination starts from has no loss      it has
-    heads of 2 (reward) and 3 (others) hidden layers   4
+    2 hidden layers (reward), 3 (discount, value)      4
     Adam                                               Adam with weight decay
 
 Left out, beside what dreamer_v2.py leaves out: ReLU in the convolutions, the most likely one of 100
 samples for the greedy action (the tanh of the mean is taken), a share of random actions that falls
 with time. The action before a sequence is zero, not the recorded one. The discount is predicted:
-a flag of the authors, and off. They observe images only; vectors are treated as in V2.
+a flag of the authors, and off. They observe images only; vectors are treated as in V2. Their tasks
+repeat an action twice: `--action-repeat 2` here.
 """
 
 import math
@@ -79,7 +80,7 @@ class RSSM(v2.RSSM):
         super().__init__(action_width, embed_dim, deter, hidden, stoch, classes)
         del self.gru, self.gru_norm
         self.random = torch.randn
-        self.step_layers = "stoch_in", "gru_x", "gru_h", "posterior_out"
+        self.step_layers = "gru_x", "gru_h", "posterior_out"
         self.gru_x = v3.linear_layer(hidden, 3 * deter)
         self.gru_h = v3.linear_layer(deter, 3 * deter)
         self.prior_net = v3.mlp(deter, hidden, 1, 2 * stoch)

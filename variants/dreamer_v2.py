@@ -9,22 +9,21 @@ arXiv:2010.02193. Numbers: the released code's, github.com/danijar/dreamerv2 at 
     1 hidden layer before the prior, 4 in the heads    2 before the prior, 1 or 3 in the heads
     one KL, balanced 0.8 : 0.2, free nats on the mean  two, 1 : 0.1, free nats on each step; unimix
     continuous actions from a normal cut off at +-1    from a normal that the environment clips
-    v(s) counts the reward received on arriving at s   later rewards only
+    v(s) counts the reward received on arriving at s   rewards after s only
     targets from a copy of the critic, every 100       its own, but near a moving average
-    returns as they are                                divided by their range
+    advantages as they are                             divided by the range of returns
     continuous actions learn through the dynamics      all actions learn by REINFORCE
     the critic learns in imagination only              from the replay too
     three Adams, each clipped by its gradient's norm   one LaProp, each tensor clipped by itself
     sequences start from zeros                         from the state that the replay has stored
 
 Left out, so as V3 has it: encoder and decoder of images, cross-entropies of discrete observations,
-three layers in the actor and around vectors (V2: four), initialisation, capacity and sampling of
-the replay, no prefill, evenly spread updates, the predicted discount of imagination's first state
-and of control tasks, colour, float32 (V2: float16).
+three layers around vectors (V2: four), initialisation, capacity and sampling of the replay, no
+prefill, no pretraining, evenly spread updates, the predicted discount of imagination's first state
+and of control tasks, colour, float32 (V2: float16). Stored states are kept, and never read.
 """
 
 import copy
-import inspect
 import math
 import sys
 from dataclasses import dataclass
@@ -38,13 +37,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dreamer_v3 as v3
 
-imagine = inspect.unwrap(v3.imagine)  # V3's without its no_grad
-
 PRESETS = {
     "cpu": dict(num_envs=4, total_timesteps=10_000, train_ratio=256, depth=4, deter=256, hidden=128,
         classes=8, units=128, free_nats=1, beta_kl=1, beta_cont=1, gamma=0.97, learning_rate=6e-4,
         actor_lr=3e-4, critic_lr=3e-4, tanh_rewards=False, batch_length=64),
 }  # fmt: skip
+normal_loss = lambda error: 0.5 * v3.f32(error).square()  # -log N(error; 0, 1), less its constant
 LIMITS = v3.LIMITS | dict(kl_balance=(0, 1), slow_every=(1, v3.HUGE), imag_horizon=(2, v3.HUGE))
 
 
@@ -72,7 +70,7 @@ class Args(v3.Args):
     beta_cont: float = 5.0  # Weight of the loss of the predicted discount.
     tanh_rewards: bool = True  # Learn tanh(reward) instead of the reward.
     slow_every: int = 100  # Updates between two copies of the critic; a copy gives the targets.
-    # Not flags: constants; float32, as bfloat16 rounds a head's one number; flags of V3 alone.
+    # No flags: constants (float32: bfloat16 is coarse for values as they are), and V3's own flags.
     adam_eps: ClassVar = 1e-5; weight_decay: ClassVar = 1e-6; grad_clip: ClassVar = 100  # fmt: skip
     dtype: ClassVar = "float32"; beta1: ClassVar; beta2: ClassVar; size: ClassVar  # fmt: skip
     blocks: ClassVar; unimix: ClassVar; actor_unimix: ClassVar  # fmt: skip
@@ -81,32 +79,30 @@ class Args(v3.Args):
     warmup_updates: ClassVar; agc_clip: ClassVar; laprop_eps: ClassVar  # fmt: skip
 
 
-def normal_loss(error):
-    """-log N(error; 0, 1) without its constant: (...)."""
-    return 0.5 * v3.f32(error).square()
-
-
 class RSSM(v3.RSSM):
     """h' = GRU(ELU(Linear(z, a)), h) (v2:common/nets.py:114, 317); one layer before p and q."""
 
     def __init__(self, action_width, embed_dim, deter, hidden, stoch, classes):
         nn.Module.__init__(self)  # V3's layers are not made
         self.deter_dim, self.stoch_shape, self.unimix = deter, (stoch, classes), 0.0
-        self.random, self.step_layers = torch.rand, ("stoch_in", "gru", "posterior_out")
-        self.stoch_in = v3.linear_layer(stoch * classes, hidden)
-        self.action_in = v3.linear_layer(action_width, hidden)
+        self.random, self.step_layers = torch.rand, ("gru", "posterior_out")
+        self.cell_in = v3.linear_layer(stoch * classes + action_width, hidden)
         self.gru = v3.linear_layer(hidden + deter, 3 * deter)
         self.gru_norm = nn.LayerNorm(3 * deter, eps=1e-3)  # Keras' default
         self.prior_net = v3.mlp(deter, hidden, 1, stoch * classes)
         self.posterior_in = v3.dense_layer(deter + embed_dim, hidden)
         self.posterior_out = v3.linear_layer(hidden, stoch * classes)
 
+    def embed_action(self, action):
+        """The action's share of Linear(z, a): (..., A) -> (..., hidden)."""
+        return F.linear(action, self.cell_in.weight[:, math.prod(self.stoch_shape) :])
+
     def layers(self):
-        """The linear layers of a step, rounded once for all steps: name -> (weight, bias)."""
-        dense = lambda layer: (v3.rounded(layer.weight).T, layer.bias)
+        """The linear layers of a step, name -> (weight, bias); of two, what sees z or h only."""
+        dense = lambda layer, width=None: (layer.weight[:, :width].T, layer.bias)
         layers = {name: dense(getattr(self, name)) for name in self.step_layers}
-        from_deter = self.posterior_in[0].weight[:, : self.deter_dim]
-        return layers | {"posterior_in": (v3.rounded(from_deter).T, None)}
+        layers["stoch_in"] = dense(self.cell_in, math.prod(self.stoch_shape))
+        return layers | {"posterior_in": (dense(self.posterior_in[0], self.deter_dim)[0], None)}
 
     def sequence_model(self, deter, stoch, action_embed, linear):
         """h' = f(h, z, a): deter (B, D), stoch (B, S, K), (B, hidden) -> (B, D)."""
@@ -136,7 +132,7 @@ class TruncatedNormals:
         self.mass = torch.special.ndtr(self.high) - self.below  # the mass that is left
 
     def sample(self, greedy=False):
-        """A sample by the inverse distribution function, with its gradient; or the mean."""
+        """A sample by the inverse distribution function, with its gradient; or the likeliest."""
         if greedy:
             return self.mean
         uniform = v3.draw(torch.rand, self.mean.shape, self.mean.device)
@@ -165,8 +161,10 @@ class Dreamer(v3.Dreamer):
         self.rssm = self.rssm_class(spaces.action_width, self.encoder.embed_dim, *sizes)
         self.decoder = v3.Decoder(spaces, deter, stoch, depth, units)
         for name, layers in self.heads.items():
-            setattr(self, name, v3.mlp(deter + stoch, units, layers, 1, outscale=0.0))
+            outscale = float(name == "cont")  # as V3's heads begin
+            setattr(self, name, v3.mlp(deter + stoch, units, layers, 1, outscale))
         self.actor = v3.Actor(deter + stoch, units, spaces, unimix=0.0)
+        self.actor.mlp = v3.mlp(deter + stoch, units, 4)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)  # the target critic
 
     def observe(self, batch):
@@ -195,11 +193,13 @@ def world_model_loss(model, batch, args):
 def imagined_returns(model, feat, args):
     """The returns G and weights w of states 0 to H-1, (N, H) each, from feat (N, H+1, F):
 
-        G[t] = r[t] + c[t] ((1 - lambda) v[t+1] + lambda G[t+1]),  G[H] = v[H];  w[t+1] = w[t] c[t]
+        G[t] = r[t] + c[t] ((1 - lambda) v[t+1] + lambda G[t+1]),  G[H] = v[H]
+        w[t] = w[t-1] c[t-1],  w[0] = 1
 
-    (paper: Eq. 4) with v (N, H+1) of the target critic, given too. In V3, r and c are those of t+1.
+    (paper: Eq. 4) with v (N, H+1) of the target critic, returned too. V3's return counts r and c
+    of t+1: here both move one step. The first r is not read; the first c gives w[0].
     """
-    head = lambda net: v3.f32(net(feat)).squeeze(-1)  # (N, L+1)
+    head = lambda net: v3.f32(net(feat)).squeeze(-1)  # (N, H+1)
     value, reward, cont = head(model.slow_critic), head(model.reward), head(model.cont).sigmoid()
     reward, cont = (F.pad(x[:, :-1], (1, 0), value=1.0) for x in (reward, cont))
     returns = v3.lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
@@ -209,8 +209,8 @@ def imagined_returns(model, feat, args):
 def actor_critic_loss(model, feat, action, args):
     """Losses of actor (N, H-1) and critic (N, H) on imagined trajectories (paper: Eq. 6 and 5).
 
-    Action t earns the return of state t+1: by REINFORCE if it is discrete, otherwise by that
-    return's own gradient, which passes through the dynamics (v2:agent.py:268).
+    Action t earns the return of state t+1: by REINFORCE with the baseline v[t] if it is discrete,
+    otherwise by that return's own gradient, which passes through the dynamics (v2:agent.py:268).
     """
     returns, weight, value, metrics = imagined_returns(model, feat, args)
     policy, objective = model.actor(feat[:, :-2].detach()), returns[:, 1:]
@@ -271,7 +271,7 @@ class Agent(v3.Agent):
         self.world.requires_grad_(False)  # gradients pass through it, and do not train it
         starts = deter.flatten(0, 1), stoch.flatten(0, 1)
         with torch.set_grad_enabled(not (self.reinforce and self.spaces.action_classes)):
-            dream = imagine(model, *starts, args.imag_horizon)
+            dream = v3.imagine(model, *starts, args.imag_horizon)
         behaviour, behaviour_metrics = self.behaviour_loss(model, *dream, args)
         self.world.requires_grad_(True)
         means = {name: loss.mean() for name, loss in (losses | behaviour).items()}
@@ -282,7 +282,7 @@ class Agent(v3.Agent):
 
     @torch.no_grad()
     def update_slow_critic(self):
-        """Copy the critic after updates 1, 101, 201 ... (v2:agent.py:327), without a branch."""
+        """Copy the critic after updates 1, 101, 201 ... (v2:agent.py:327), without an `if`."""
         now = ((self.optimizer.updates - 1) % self.args.slow_every == 0).to(self.params[0].dtype)
         networks = self.model.slow_critic, self.model.critic
         for target, p in zip(*(network.parameters() for network in networks), strict=True):

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import torch
 import torch.distributions as td
 import torch.nn.functional as F
 from test_dreamer_v3 import (
-    CONTINUOUS, VECTOR, dreamer_v3, in_float64, make_batch, randomize, read_metrics,
+    CONTINUOUS, MIXED, VECTOR, dreamer_v3, in_float64, make_batch, make_vector, randomize,
+    read_metrics,
 )  # fmt: skip
 from test_dreamer_v3 import close as close_arrays
 
@@ -86,7 +88,7 @@ def returns_by_loop(reward, value, cont, lam):
         returns[t] = after
     for t in range(last):
         weights.append(weight)
-        weight *= cont[t]
+        weight = weight * cont[t]
     return returns, weights
 
 
@@ -100,15 +102,20 @@ def predictions(model, feat):
 def check_returns():
     """Returns and weights are those of the loop."""
     agent = make_agent(dreamer_v2, VECTOR)
-    feat = torch.randn(3, 6, agent.model.reward[0][0].in_features)
+    feat = torch.randn(3, 6, agent.model.reward[0][0].in_features).requires_grad_()
     returns, weight, value, _ = dreamer_v2.imagined_returns(agent.model, feat, agent.args)
     assert not weight.requires_grad
     parts = predictions(agent.model, feat)
     close(value, parts[1])
+    total = 0.0
     for n in range(3):
-        expected = returns_by_loop(*(x[n].tolist() for x in parts), agent.args.return_lambda)
-        close(returns[n], expected[0])
-        close(weight[n], expected[1])
+        expected = returns_by_loop(*(x[n] for x in parts), agent.args.return_lambda)
+        close(returns[n], [x.item() for x in expected[0]])
+        close(weight[n], [1.0] + [x.item() for x in expected[1][1:]])
+        total += sum(expected[0])
+    # The gradient passes through rewards, discounts and values.
+    ours, theirs = (torch.autograd.grad(x, feat)[0] for x in (returns.sum(), total))
+    close(ours, theirs)
 
 
 @in_float64
@@ -184,8 +191,12 @@ def check_kl_of_normals():
     args = make_args(dreamer_v1, free_nats=0.0)
     post, prior = torch.randn(2, 5, 3, 2) * 2, torch.randn(2, 5, 3, 2) * 2
     normal = lambda x: td.Normal(x[..., 0], torch.log(1 + torch.exp(x[..., 1])) + 0.1)
+    ends = [post.requires_grad_(), prior.requires_grad_()]
     loss, _ = rssm.kl_loss(post, prior, args)
-    close(loss, td.kl_divergence(normal(post), normal(prior)).sum(-1).mean())
+    expected = td.kl_divergence(normal(post), normal(prior)).sum(-1).mean()
+    close(loss, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(x, ends) for x in (loss, expected)), strict=True):
+        close(ours, theirs)
     noise = torch.randn(2, 5, 3)
     close(rssm.sample(post, noise)[..., 0], normal(post).mean + normal(post).stddev * noise)
 
@@ -194,7 +205,7 @@ def check_kl_of_normals():
 def check_world_model_loss():
     """Half squared errors of raw vectors and of tanh rewards; the soft target of the discount."""
     for tanh in (False, True):
-        agent = make_agent(dreamer_v2, VECTOR, tanh_rewards=tanh)
+        agent = make_agent(dreamer_v2, MIXED, tanh_rewards=tanh)
         model, batch = agent.model, make_inputs(agent)
         torch.manual_seed(1)
         losses, deter, stoch, _ = dreamer_v2.world_model_loss(model, batch, agent.args)
@@ -202,6 +213,10 @@ def check_world_model_loss():
         assert torch.equal(model.observe(batch)[0], deter)
         recon = model.decoder(deter, stoch)
         close(losses["a"], 0.5 * ((recon["a"] - batch["a"]) ** 2).sum(-1))
+        image = batch["image"] / 255
+        close(losses["image"], 0.5 * ((recon["image"] - image) ** 2).sum((-3, -2, -1)))
+        log_probs = [x - x.logsumexp(-1, keepdim=True) for x in recon["b"].split((2, 3), -1)]
+        close(losses["b"], -(torch.cat(log_probs, -1) * batch["b"]).sum(-1))
         feat = model.rssm.feat(deter, stoch)
         reward, _, cont = predictions(model, feat)
         target = torch.tanh(batch["reward"]) if tanh else batch["reward"]
@@ -224,7 +239,7 @@ def check_cells():
         weights = rssm.layers()
         linear = lambda name, x, weights=weights: x @ weights[name][0] + weights[name][1]
         actual = rssm.sequence_model(h, z, rssm.embed_action(a), linear)
-        x = F.elu(rssm.stoch_in(z.flatten(-2)) + rssm.action_in(a))
+        x = F.elu(rssm.cell_in(torch.cat([z.flatten(-2), a], -1)))
         if module is dreamer_v1:
             cell = torch.nn.GRUCell(8, 16)
             for ours, theirs in ((rssm.gru_x, "ih"), (rssm.gru_h, "hh")):
@@ -270,6 +285,24 @@ def check_truncated_normal():
                 one = dreamer_v2.TruncatedNormals(raw_mean[i], raw_std[i]).sample()
             below = torch.trapezoid(density * (x <= one), x)
             close(below, u, atol=2e-5)
+    close(policy.sample(greedy=True), policy.mean)
+
+
+@in_float64
+def check_sample_gradient():
+    """A sample of the cut-off normal moves with mean and deviation, also where it is clipped."""
+    outs = torch.tensor([0.3, -0.4]).requires_grad_()
+    for u in (1e-9, 0.1, 0.6, 1 - 1e-9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dreamer_v3, "draw", lambda _, shape, device, u=u: torch.full(shape, u))
+            sample = lambda x: dreamer_v2.TruncatedNormals(*x.split(1)).sample()
+            (grad,) = torch.autograd.grad(sample(outs), outs)
+        mean, std = torch.tanh(outs[0]), 2 / (1 + torch.exp(-outs[1] / 2)) + 0.1
+        normal = td.Normal(0.0, 1.0)
+        low, high = normal.cdf((-1 - mean) / std), normal.cdf((1 - mean) / std)
+        unclipped = mean + std * normal.icdf(low + u * (high - low))
+        close(grad, torch.autograd.grad(unclipped, outs)[0], rtol=1e-6)
+        assert grad.isfinite().all()
 
 
 def check_edges():
@@ -330,7 +363,165 @@ def check_adam():
             close(p, copied, rtol=1e-7)
 
 
+def straight(net, x):
+    """The output of linear layers with ELU between them, and how many there are."""
+    layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.Linear)]
+    for i, layer in enumerate(layers):
+        x = x @ layer.weight.T + layer.bias
+        x = torch.where(x > 0, x, torch.expm1(x)) if i < len(layers) - 1 else x
+    return x, len(layers)
+
+
+@in_float64
+def check_networks():
+    """Depths of the heads, ELU, outputs that begin at zero; the sizes of both papers' RSSM."""
+    depths = {"v1": dict(reward=2, cont=3, critic=3), "v2": dict(reward=4, cont=4, critic=4)}
+    for name, module in VARIANTS.items():
+        agent = make_agent(module, CONTINUOUS)
+        model, feat = agent.model, torch.randn(5, agent.model.reward[0][0].in_features)
+        for head, depth in depths[name].items():
+            net = getattr(model, head)
+            out, linear = straight(net, feat)
+            assert linear == depth + 1
+            close(net(feat), out)
+        (out, linear), outs = straight(model.actor.mlp, feat), model.actor.outs
+        out = torch.where(out > 0, out, torch.expm1(out))
+        assert linear == 4
+        policy = type(model.actor(feat))(outs["mean"](out), outs["std"](out))
+        close(model.actor(feat).mean, policy.mean)
+        close(model.actor(feat).std, policy.std)
+        deter = torch.randn(5, 16)
+        out, linear = straight(model.rssm.prior_net, deter)
+        assert linear == 2
+        close(model.rssm.prior(deter).flatten(-2), out)
+        fresh = module.Agent(make_args(module), CONTINUOUS).model
+        for head in ("reward", "critic", "slow_critic"):
+            assert not getattr(fresh, head)(feat).any()
+        assert fresh.cont(feat).any()
+        # Widths: cell (z, a), GRU (x, h), prior, posterior (h, x).
+        model = dreamer_v3.Dreamer(module.Args(), CONTINUOUS)
+        shapes = [tuple(p.shape) for p in model.rssm.parameters() if p.dim() == 2]
+        wide = {
+            "v1": [(200, 33), (200, 200), (60, 200), (200, 600), (60, 200), (600, 200), (600, 200)],
+            "v2": [(600, 1027), (1800, 1200), (600, 600), (1024, 600), (600, 1000), (1024, 600)],
+        }
+        assert sorted(shapes) == sorted(wide[name])
+
+
+@in_float64
+def check_latents():
+    """Latents as the outputs say: V1 normal; V2 categorical, nothing mixed in, straight-through."""
+    agent = make_agent(dreamer_v2, VECTOR)
+    logits, u = torch.randn(50, 3, 4).requires_grad_(), torch.rand(50, 3)
+    z, probs = agent.model.rssm.sample(logits, u), torch.softmax(logits, -1)
+    classes = (probs.cumsum(-1) <= u.unsqueeze(-1)).sum(-1)
+    assert torch.equal(z.argmax(-1), classes)
+    weight = torch.randn(50, 3, 4)
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), logits)[0] for x in (z, probs))
+    close(ours, theirs)
+    policy = agent.model.actor(torch.randn(9, agent.model.reward[0][0].in_features))
+    assert policy.classes == (3, 2) and agent.model.actor.unimix == 0
+    rssm = make_agent(dreamer_v1, CONTINUOUS).model.rssm
+    n, std = 4000, math.log(2) + 0.1  # of outputs that are zero
+    for layer in (rssm.prior_net[-1], rssm.posterior_out):
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
+    state, action = rssm.initial(n), torch.zeros(n, 3)
+    imagined = rssm.imagine_step(*state, action, rssm.layers())[1]
+    embed = torch.zeros(n, 1, rssm.posterior_in[0].in_features - 16)
+    first = torch.ones(n, 1, dtype=torch.bool)
+    observed = rssm.observe(embed, action.unsqueeze(1), first, *state)[1]
+    for z in (imagined.flatten(), observed.flatten()):
+        close(z.mean(), 0.0, atol=0.04)  # five standard errors
+        close(z.std(), std, rtol=0.03)
+        assert z.abs().max() > 3 * std
+
+
 # ---- Wiring --------------------------------------------------------------------------------------
+
+
+@in_float64
+def check_dream():
+    """Imagination starts at every posterior state, with a gradient only where the actor needs it;
+    no gradient passes through what the actor sees.
+    """
+    for module in VARIANTS.values():
+        for spaces in (VECTOR, CONTINUOUS):
+            agent, dreams, seen = make_agent(module, spaces), [], []
+            original = agent.behaviour_loss
+
+            def record(model, feat, action, args, dreams=dreams, original=original):
+                dreams.append(feat)
+                return original(model, feat, action, args)
+
+            agent.behaviour_loss = record
+            agent.model.actor.register_forward_pre_hook(
+                lambda net, inputs, seen=seen: seen.append(inputs[0].requires_grad)
+            )
+            _, _, deter, stoch = agent.loss(make_inputs(agent))
+            (feat,) = dreams
+            assert feat.shape[:2] == (3 * 4, agent.args.imag_horizon + 1)
+            close(feat[:, 0], agent.model.rssm.feat(deter, stoch).flatten(0, 1))
+            assert feat.requires_grad == (module is dreamer_v1 or spaces is CONTINUOUS)
+            # Once a step; V2's loss asks the actor again.
+            assert len(seen) == agent.args.imag_horizon + 1 + (module is dreamer_v2)
+            assert not any(seen)
+
+
+@in_float64
+def check_zero_heads():
+    """Without rewards and values, the actor's gradient is zero (V1) or the entropy's (V2)."""
+    for module in VARIANTS.values():
+        agent = make_agent(module, CONTINUOUS)
+        model = agent.model
+        for head in (model.reward, model.critic, model.slow_critic):
+            head[-1].weight.data.zero_()
+            head[-1].bias.data.zero_()
+        params = list(model.actor.parameters())
+        agent.world.requires_grad_(False)
+        feat, action = dreamer_v3.imagine(model, *model.rssm.initial(4), 3)
+        losses, _ = agent.behaviour_loss(model, feat, action, agent.args)
+        ours = torch.autograd.grad(losses["actor"].mean(), params, retain_graph=True)
+        if module is dreamer_v1:
+            assert not any(grad.any() for grad in ours)
+            continue
+        cont = 1 / (1 + torch.exp(-model.cont(feat).squeeze(-1)))
+        weight = torch.stack([torch.ones(4), cont[:, 0]], 1).detach()
+        entropy = model.actor(feat[:, :2].detach()).entropy()
+        expected = -(weight * agent.args.ent_coef * entropy).mean()
+        for grad, other in zip(ours, torch.autograd.grad(expected, params), strict=True):
+            close(grad, other)
+
+
+@in_float64
+def check_rates():
+    """Each group has its learning rate: at first, an update moves a parameter by about that."""
+    rates = dict(learning_rate=1e-3, actor_lr=2e-3, critic_lr=4e-3)
+    for module in VARIANTS.values():
+        agent = make_agent(module, CONTINUOUS, **rates)
+        before = {k: [p.detach().clone() for p in v] for k, v in parts_of(agent).items()}
+        agent.train_step(make_inputs(agent))
+        for (part, params), rate in zip(parts_of(agent).items(), rates.values(), strict=True):
+            moved = [(p - q).abs().max() for p, q in zip(params, before[part], strict=True)]
+            close(max(moved), rate, rtol=0.1)
+
+
+@in_float64
+def check_resets():
+    """An episode that begins inside a sequence does not see what was before it."""
+    for module in VARIANTS.values():
+        agent = make_agent(module, CONTINUOUS)
+        batch = make_inputs(agent)
+        batch["is_first"] = torch.tensor([[False, False, True, False]] * 3)
+        other = batch | {"a": batch["a"].clone(), "prev_action": batch["prev_action"].clone()}
+        other["a"][:, :2] += 1
+        other["prev_action"][:, :3] += 0.1
+        states = []
+        for inputs in (batch, other):
+            torch.manual_seed(0)
+            states.append(agent.model.observe(inputs)[0])
+        assert torch.equal(states[0][:, 2:], states[1][:, 2:])
+        assert not torch.equal(states[0][:, 1], states[1][:, 1])
 
 
 def parts_of(agent):
@@ -371,7 +562,7 @@ def check_wiring():
             agent.world.requires_grad_(False)
             start = agent.model.rssm.initial(4)
             with torch.set_grad_enabled(not agent.reinforce or spaces is CONTINUOUS):
-                dream = dreamer_v2.imagine(agent.model, *start, 3)
+                dream = dreamer_v3.imagine(agent.model, *start, 3)
             losses, _ = agent.behaviour_loss(agent.model, *dream, agent.args)
             agent.world.requires_grad_(True)
             for part, other in (("actor", "critic"), ("critic", "actor")):
@@ -402,7 +593,7 @@ def imagine_once(agent, seed=3, horizon=2):
     deter, stoch = agent.model.rssm.initial(4)
     start = torch.randn_like(deter), torch.rand_like(stoch)
     agent.world.requires_grad_(False)
-    dream = dreamer_v2.imagine(agent.model, *start, horizon)
+    dream = dreamer_v3.imagine(agent.model, *start, horizon)
     losses, _ = agent.behaviour_loss(agent.model, *dream, agent.args)
     agent.world.requires_grad_(True)
     return losses["actor"].mean()
@@ -435,7 +626,8 @@ def check_reinforce():
     agent = make_agent(dreamer_v2, VECTOR)
     agent.args.ent_coef = 0.0
     deter, stoch = agent.model.rssm.initial(4)
-    feat, action = dreamer_v3.imagine(agent.model, deter, stoch, 3)
+    with torch.no_grad():  # as check_dream says
+        feat, action = dreamer_v3.imagine(agent.model, deter, stoch, 3)
     grads = []
     for scale in (1.0, 10.0):
         for head in (agent.model.reward, agent.model.slow_critic):
@@ -492,6 +684,7 @@ def check_noise():
     noisy = dreamer_v1.explore(action, (), 0.3)
     close(noisy.std(), 0.3, rtol=0.03)
     assert dreamer_v1.explore(action + 1, (), 0.3).max() == 1
+    assert dreamer_v1.explore(action - 1, (), 0.3).min() == -1
     one_hots = F.one_hot(torch.zeros(20_000, dtype=torch.long), 4).float()
     noisy = dreamer_v1.explore(torch.cat([one_hots, one_hots[:, :2]], -1), (4, 2), 0.4)
     close(noisy.mean(0), torch.tensor([0.7, 0.1, 0.1, 0.1, 0.8, 0.2]), atol=0.02)
@@ -505,12 +698,24 @@ def check_noise():
             torch.manual_seed(0)
             seen.append(agent.act(obs, agent.initial(3), greedy)[-1])
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[3])
+    agent = make_agent(dreamer_v1, VECTOR, expl_noise=1.0)  # all discrete actions are random
+    for p in agent.model.actor.outs.parameters():
+        p.data.zero_()
+    agent.model.actor.outs["logits"].bias.data[0] = agent.model.actor.outs["logits"].bias.data[
+        3
+    ] = 9
+    obs = {"a": torch.randn(300, 4), "b": make_vector((2, 3), 5, (300,))}
+    obs["is_first"] = torch.zeros(300, dtype=torch.bool)
+    greedy, noisy = (agent.act(obs, agent.initial(300), x)[-1].mean(0) for x in (True, False))
+    close(greedy, torch.tensor([1.0, 0, 0, 1, 0]))
+    close(noisy, torch.tensor([1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2]), atol=0.15)
 
 
 CHECKS = [check_returns, check_balance, check_free_nats, check_kl_of_normals, check_cells,
-    check_world_model_loss, check_truncated_normal, check_edges, check_tanh_normal, check_adam,
-    check_wiring, check_dynamics_gradient, check_reinforce, check_target_critic, check_start,
-    check_noise]  # fmt: skip
+    check_networks, check_latents, check_world_model_loss, check_truncated_normal,
+    check_sample_gradient, check_edges, check_tanh_normal, check_adam, check_wiring, check_dream,
+    check_zero_heads, check_rates, check_resets, check_dynamics_gradient, check_reinforce,
+    check_target_critic, check_start, check_noise]  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
@@ -579,6 +784,16 @@ def epsilon_of_torch(step):
     return wrong
 
 
+def one_norm(step):
+    """An Adam that clips all groups by one norm."""
+
+    def wrong(self, grads):
+        self.sizes = [sum(self.sizes)]
+        return step(self, grads)
+
+    return wrong
+
+
 def start_not_weighted(returns):
     """V1's weights from 1 at the first imagined state on."""
 
@@ -610,8 +825,7 @@ MISTAKES = {
         lambda f: lambda self: (self.std.log() + 1.4189385).sum(-1)),
     "quantile not clamped": (torch.Tensor, "clamp", check_edges,
         lambda f: lambda x, *a, **k: x if a and a[0] > 0 else f(x, *a, **k)),
-    "one norm for all": (v2.Adam, "step", check_adam,
-        lambda f: lambda self, grads: f(self, [g * 0.5 for g in grads])),
+    "one norm for all": (v2.Adam, "step", check_adam, one_norm),
     "the world model dreams": (v2.Agent, "__init__", check_wiring, thawed),
     "no gradient through dynamics": (dreamer_v1.RSSM, "sample", check_dynamics_gradient,
         lambda f: lambda self, x, noise: f(self, x, noise).detach()),
@@ -631,6 +845,88 @@ def test_mistake(name, monkeypatch):
     torch.manual_seed(0)
     with pytest.raises(AssertionError):
         check()
+
+
+V1, V2 = "dreamer_v1", "dreamer_v2"
+EDITS = [  # module, its text, the text with a mistake, the check that must catch it
+    (V2, "not (self.reinforce and self.spaces.action_classes)", "False", check_dream),
+    (V2, "not (self.reinforce and self.spaces.action_classes)", "True", check_dream),
+    (V1, "    reinforce = False", "    reinforce = True", check_dream),
+    (V2, "starts, args.imag_horizon", "starts, args.imag_horizon - 1", check_dream),
+    (V2, "deter.flatten(0, 1), stoch.flatten(0, 1)", "deter[:, 0], stoch[:, 0]", check_dream),
+    (V2, "feat[:, :-2].detach()", "feat[:, :-2]", check_dream),
+    (V2, "head(model.slow_critic),", "head(model.slow_critic).detach(),", check_returns),
+    (V2, "head(model.cont).sigmoid()", "head(model.cont).sigmoid().detach()", check_returns),
+    (V1, "squares = (std.square()", "squares = (std.detach().square()", check_kl_of_normals),
+    (V2, "args.actor_lr, args.critic_lr)", "args.critic_lr, args.actor_lr)", check_rates),
+    (V2, "critic=4)", "critic=3)", check_networks),
+    (V2, "units, 4)", "units, 3)", check_networks),
+    (V1, "reward=2", "reward=3", check_networks),
+    (V2, 'float(name == "cont")', "0.0", check_networks),
+    (V2, 'float(name == "cont")', "1.0", check_networks),
+    (V2, "NormSiLU=lambda dim: nn.ELU()", "NormSiLU=lambda dim: nn.SiLU()", check_networks),
+    (V2, "stoch, classes), 0.0", "stoch, classes), 0.01", check_latents),
+    (V2, "spaces, unimix=0.0", "spaces, unimix=0.01", check_latents),
+    (V1, "self.random = torch.randn", "self.random = torch.rand", check_latents),
+    (V2, "if name in discrete else 0.5 * loss", "if name in discrete else loss",
+        check_world_model_loss),
+    (V2, "loss if name in discrete else 0.5 * loss", "0.5 * loss", check_world_model_loss),
+    (V2, 'F.pad(batch["is_first"][:, 1:], (1, 0), value=True)',
+        'torch.zeros_like(batch["is_first"]) + (torch.arange(4) == 0)', check_resets),
+    (V2, "(action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()",
+        "action.clamp(-1 + 1e-6, 1 - 1e-6) - action", check_sample_gradient),
+    (V2, "self.std * torch.special.ndtri(quantile)",
+        "(self.std * torch.special.ndtri(quantile)).detach()", check_sample_gradient),
+    (V2, "return self.mean\n", "return 0.9 * self.mean\n", check_truncated_normal),
+    (V1, ".clamp(-1, 1)", ".clamp(max=1)", check_noise),
+    (V1, "self.spaces.action_classes, self.args", "(), self.args", check_noise),
+    (V2, "torch.special.ndtr(self.high) - self.below", "torch.special.ndtr(self.high)",
+        check_truncated_normal),
+    (V2, "args.ent_coef * entropy", "0 * entropy", check_zero_heads),
+    (V2, ":, math.prod(self.stoch_shape) :", ":, : action.shape[-1]", check_cells),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: f"{edit[0]} {edit[2]}")
+def test_edit(edit, monkeypatch):
+    """Every mistake in the text of a variant is caught."""
+    name, old, new, check = edit
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which the file adds
+    for short, original in reversed(list(VARIANTS.items())):  # V1 imports V2
+        module, text = types.ModuleType(original.__name__), Path(original.__file__).read_text()
+        module.__file__ = original.__file__
+        if module.__name__ == name:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(globals(), module.__name__, module)
+        monkeypatch.setitem(VARIANTS, short, module)
+        exec(compile(text, original.__file__, "exec"), vars(module))
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError):
+        check()
+
+
+AUTHORS = {  # numbers of the released code: for control (V1), for Atari (V2)
+    "v1": dict(stoch=30, deter=200, hidden=200, units=400, depth=32, free_nats=3.0, beta_kl=1.0,
+        beta_cont=10.0, tanh_rewards=False, expl_noise=0.3, gamma=0.99, return_lambda=0.95,
+        imag_horizon=15, learning_rate=6e-4, actor_lr=8e-5, critic_lr=8e-5, adam_eps=1e-7,
+        weight_decay=0.0, grad_clip=100, batch_size=50, batch_length=50, train_ratio=500.0),
+    "v2": dict(stoch=32, classes=32, deter=600, hidden=600, units=400, depth=48, free_nats=0.0,
+        beta_kl=0.1, kl_balance=0.8, beta_cont=5.0, tanh_rewards=True, ent_coef=1e-3, gamma=0.999,
+        return_lambda=0.95, imag_horizon=15, learning_rate=2e-4, actor_lr=4e-5, critic_lr=1e-4,
+        adam_eps=1e-5, weight_decay=1e-6, grad_clip=100, slow_every=100, batch_size=16,
+        batch_length=50, train_ratio=50.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_numbers(name):
+    """The defaults are the authors' numbers, and Adam's are those of Keras."""
+    args = VARIANTS[name].Args()
+    values = {key: getattr(args, key) for key in AUTHORS[name]}
+    assert values == AUTHORS[name]
+    assert (args.beta1, args.beta2, args.dtype) == (0.9, 0.999, "float32")
 
 
 # ---- Use -----------------------------------------------------------------------------------------
