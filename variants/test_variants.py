@@ -15,6 +15,8 @@ from pathlib import Path
 
 import dreamer_v1
 import dreamer_v2
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 import torch.distributions as td
@@ -927,6 +929,61 @@ def test_numbers(name):
     values = {key: getattr(args, key) for key in AUTHORS[name]}
     assert values == AUTHORS[name]
     assert (args.beta1, args.beta2, args.dtype) == (0.9, 0.999, "float32")
+
+
+# ---- Learning ------------------------------------------------------------------------------------
+
+
+class Reach(gym.Env):
+    """A point that moves by at most 0.2 a step is to reach a goal: 20 steps, rewards -distance."""
+
+    observation_space = gym.spaces.Box(-5, 5, (2,), np.float32)
+
+    def __init__(self, discrete=False):
+        self.action_space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        """Point and goal anywhere in [-1, 1]."""
+        super().reset(seed=seed)
+        self.place, self.steps = self.np_random.uniform(-1, 1, 2), 0
+        return self.place.astype(np.float32), {}
+
+    def step(self, action):
+        """Move the point."""
+        self.place[0] += 0.2 * np.sum(action - 1 if self.action_space.shape == () else action)
+        self.steps += 1
+        reward = -abs(self.place[0] - self.place[1])
+        return self.place.astype(np.float32), reward, False, self.steps == 20, {}
+
+
+gym.register("Reach-v0", Reach)
+
+
+def learn(module, discrete, tmp_path, **changes):
+    """The mean return of 40 episodes after some 400 updates of a small network."""
+    settings = dict(env_id="Reach-v0", env_kwargs=json.dumps({"discrete": discrete}), num_envs=4,
+        run_dir=str(tmp_path), total_timesteps=2000, train_ratio=64.0, eval_episodes=40,
+        deter=32, hidden=32, units=32, stoch=4, batch_size=16, batch_length=16, imag_horizon=8,
+        gamma=0.9, free_nats=0.1, beta_kl=1.0, beta_cont=1.0, learning_rate=2e-3, actor_lr=5e-4,
+        critic_lr=2e-3, buffer_size=5000, log_every=250)  # fmt: skip
+    if module is dreamer_v2:
+        settings |= dict(tanh_rewards=False, slow_every=20, ent_coef=0.03)
+    install(module)
+    returns = dreamer_v3.main(make_args(module, **(settings | changes)))
+    return returns.mean()
+
+
+CASES = [("v1", False, {}), ("v2", False, {}), ("v2", True, {}), ("v1", False, {"actor_lr": 0.0})]
+
+
+@pytest.mark.parametrize(("name", "discrete", "changes"), CASES)
+def test_learning(name, discrete, changes, tmp_path):
+    """The actor finds the goal: the best gets -1.3, ours -4 to -8; -13.3 who rests, -14.5 chance.
+
+    An actor that does not learn is below the line.
+    """
+    mean = learn(VARIANTS[name], discrete, tmp_path, **changes)
+    assert (mean > -10) == (not changes), mean
 
 
 # ---- Use -----------------------------------------------------------------------------------------
