@@ -10,7 +10,7 @@ model is that of PlaNet, arXiv:1811.04551.
     here (V1)                                          V2
     30 normal latent variables                         32 categorical ones of 32 classes
     one KL, prior and posterior alike, at least 3      balanced: the prior moves faster
-    a plain GRU                                        a GRU with LayerNorm, and wider
+    a plain GRU                                        a GRU with LayerNorm, for Atari wider
     the actor learns through the dynamics, always      by REINFORCE if its actions are discrete
     continuous actions: tanh of a normal               a normal cut off at +-1
     noise on the actions, no entropy                   entropy in the actor's loss, no noise

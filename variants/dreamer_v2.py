@@ -20,7 +20,7 @@ arXiv:2010.02193. Numbers: the released code's, github.com/danijar/dreamerv2 at 
 Left out, so as V3 has it: encoder and decoder of images, cross-entropies of discrete observations,
 three layers around vectors (V2: four), initialisation, capacity and sampling of the replay, no
 prefill, no pretraining, evenly spread updates, the predicted discount of imagination's first state
-and of control tasks, colour, float32 (V2: float16). Stored states are kept, and never read.
+and of control tasks, colour. Always float32 (V2: float16). Stored states are never used.
 """
 
 import copy
