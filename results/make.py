@@ -43,6 +43,7 @@ RANDOM = {  # the flags that set the environment of each task
     "acrobot": "--env-id Acrobot-v1 --action-repeat 4",
     "cartpole": "--env-id CartPole-v1",
     "pendulum": "--env-id Pendulum-v1",
+    "pendulum_pixels": "--env-id Pendulum-v1 --action-repeat 2",
     "atari_breakout": ATARI + "Breakout-v5",
     "atari_ms_pacman": ATARI + "MsPacman-v5",
     "dmc_ball_in_cup_catch": DMC + "ball_in_cup-catch-v0",
