@@ -1850,7 +1850,8 @@ def check_args(args):
             raise UserError(f"--{name} must be {text}, not {value}".replace("_", "-"))
     deter = values["deter"]
     if deter % args.blocks or deter % 8:
-        raise UserError(f"--deter {deter} must be divisible by 8, and by its {args.blocks} blocks")
+        divisor = 8 if deter % 8 else f"--blocks {args.blocks}"
+        raise UserError(f"--deter {deter} must be divisible by {divisor}")
     if args.action_repeat > 1 and args.env_id.split(":")[-1].startswith("ALE/"):
         raise UserError("--action-repeat: Atari has its own, --env-kwargs '{\"frameskip\": 4}'")
     if args.evaluate and WORLD_SIZE > 1:
