@@ -546,7 +546,7 @@ FAMILY = {
 
 def plain(task):
     """The task whose random policy is that of a task with other settings."""
-    return re.sub("_(lag|more|pixels|unweighted)$", "", task)
+    return re.sub("_(lag|more|unweighted)$", "", task)
 
 
 def marks(axis, chance):

@@ -218,4 +218,7 @@ def test_dreams(tmp_path):
     module.SEEN = 2
     truth, model = module.foresee(run, 0)
     assert truth.shape == model.shape == (6, 64, 64, 3)
+    truth, model = np.zeros((2, 6, 64, 64, 3), np.uint8)
+    model[:2], model[3], model[5] = 99, 4, 16  # what is observed does not count
+    assert module.error(truth, model) == (5, 3)
     assert module.panel((truth[0], model[0]), 0, "observes").size == (3 * 3 * 64, 3 * 64 + 34)

@@ -483,7 +483,7 @@ def check_zero_heads():
         agent.world.requires_grad_(False)
         feat, action = dreamer_v3.imagine(model, *model.rssm.initial(4), 3)
         losses, _ = agent.behaviour_loss(model, feat, action, agent.args)
-        ours = torch.autograd.grad(losses["actor"].mean(), params, retain_graph=True)
+        ours = torch.autograd.grad(losses["actor"].mean(), params)
         if module is dreamer_v1:
             assert not any(grad.any() for grad in ours)
             continue
@@ -703,9 +703,7 @@ def check_noise():
     agent = make_agent(dreamer_v1, VECTOR, expl_noise=1.0)  # all discrete actions are random
     for p in agent.model.actor.outs.parameters():
         p.data.zero_()
-    agent.model.actor.outs["logits"].bias.data[0] = agent.model.actor.outs["logits"].bias.data[
-        3
-    ] = 9
+    agent.model.actor.outs["logits"].bias.data[[0, 3]] = 9
     obs = {"a": torch.randn(300, 4), "b": make_vector((2, 3), 5, (300,))}
     obs["is_first"] = torch.zeros(300, dtype=torch.bool)
     greedy, noisy = (agent.act(obs, agent.initial(300), x)[-1].mean(0) for x in (True, False))
@@ -967,7 +965,7 @@ def learn(module, discrete, tmp_path, **changes):
         gamma=0.9, free_nats=0.1, beta_kl=1.0, beta_cont=1.0, learning_rate=2e-3, actor_lr=5e-4,
         critic_lr=2e-3, buffer_size=5000, log_every=250)  # fmt: skip
     if module is dreamer_v2:
-        settings |= dict(tanh_rewards=False, slow_every=20, ent_coef=0.03)
+        settings |= dict(tanh_rewards=False, slow_every=20, ent_coef=0.1)
     install(module)
     returns = dreamer_v3.main(make_args(module, **(settings | changes)))
     return returns.mean()
@@ -978,9 +976,9 @@ CASES = [("v1", False, {}), ("v2", False, {}), ("v2", True, {}), ("v1", False, {
 
 @pytest.mark.parametrize(("name", "discrete", "changes"), CASES)
 def test_learning(name, discrete, changes, tmp_path):
-    """The actor finds the goal: the best gets -1.3, ours -4 to -8; -13.3 who rests, -14.5 chance.
+    """The actor finds the goal: ours return -4 to -8 (some seeds), the best possible actor -1.3.
 
-    An actor that does not learn is below the line.
+    One that rests returns -13.3, a random one -14.5. An actor that does not learn is below -10.
     """
     mean = learn(VARIANTS[name], discrete, tmp_path, **changes)
     assert (mean > -10) == (not changes), mean
