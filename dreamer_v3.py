@@ -1196,7 +1196,8 @@ class Replay:
         if before < min(steps, length) * entry.itemsize:
             raise UserError(f"the replay {path} is missing or too short")
         try:
-            with open(path, "ab") as file:
+            # (Not "ab": where the file system cannot, fallocate writes, and must know where.)
+            with open(path, "r+b" if path.exists() else "wb") as file:
                 file.truncate(max(before, size))
                 if hasattr(os, "posix_fallocate"):  # elsewhere, a full disk is met later
                     os.posix_fallocate(file.fileno(), 0, size)
@@ -1274,6 +1275,14 @@ class Replay:
 tell = functools.cache(print)  # says the same thing once
 
 
+def leave_signals(env):
+    """Leave Ctrl-C to the main process, if this is one of --async-envs; gives the environment."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return env
+
+
 def make_envs(args, num_envs, video=None):
     """Gymnasium vector environment with NEXT_STEP autoreset; `video`: folder to record in, or None.
 
@@ -1303,10 +1312,14 @@ def make_envs(args, num_envs, video=None):
     if args.pixels and not atari:
         kwargs["render_mode"] = "rgb_array"
         wrappers.append(gym.wrappers.AddRenderObservation)
-    mode, options = ("async", {"shared_memory": False}) if args.async_envs else ("sync", {})
-    if atari and not video or mode == "sync" and not wrappers:
-        mode, options = None, {}  # the environment's own vector version, if it has one
-    try:  # (shared memory would cast values of a wrong type or shape without a word)
+    mode, options = "sync", {}
+    if atari and not video or not (args.async_envs or wrappers):
+        mode = None  # the environment's own vector version, if it has one
+    elif args.async_envs and not video:
+        # (Shared memory would cast values of a wrong type or shape without a word.)
+        mode, options = "async", {"shared_memory": False}
+        wrappers.append(leave_signals)
+    try:
         if atari and kwargs.get("stack_num", 1) < 1:
             raise ValueError("stack_num must be at least 1")  # ale-py would wait forever
         envs = gym.make_vec(args.env_id, num_envs, mode, options, wrappers, **kwargs)
@@ -1388,7 +1401,8 @@ class Environments:
     longest_episode = 100_000  # agent steps after which an episode is reported as it stands
 
     def __init__(self, args, num_envs, seed, video=None):
-        self.envs, self.num_envs, self.seed = make_envs(args, num_envs, video), num_envs, seed
+        self.envs, self.video = make_envs(args, num_envs, video), video
+        self.num_envs, self.seed = num_envs, seed
         self.action_space = self.envs.single_action_space
         classes, shape = discrete_classes(self.action_space), self.action_space.shape
         if not (classes or isinstance(self.action_space, gym.spaces.Box)) or 0 in shape:
@@ -1431,7 +1445,8 @@ class Environments:
         """Set `entry` to what was observed. Raises ValueError for a number that is not finite."""
         parts = encode(self.envs.single_observation_space, obs)
         self.entry = {name: x for name, _, x in parts}
-        self.entry |= dict(reward=reward.astype(np.float32), is_first=is_first)
+        reward = np.where(is_first, 0, reward).astype(np.float32)  # some give one at a reset
+        self.entry |= dict(reward=reward, is_first=is_first)
         self.entry |= dict(is_last=terminal | truncated, is_terminal=terminal)
         for name, x in self.entry.items():
             if x.dtype == np.float32 and not np.isfinite(x).all():
@@ -1464,11 +1479,18 @@ class Environments:
         return (np.rint(action) if space.dtype.kind in "iu" else action).astype(space.dtype)
 
     def close(self):
-        """End the environments; those that have died already cannot say so."""
+        """End the environments; those that have died already cannot say so.
+
+        Raises UserError if the video, which is written now, cannot be.
+        """
         waiting = isinstance(self.envs, gym.vector.AsyncVectorEnv)  # for an answer, without end
-        with contextlib.suppress(Exception):
+        try:
             self.envs.close(**({"timeout": 5} if waiting else {}))
-        self.envs.closed = True  # or it would try again when it is deleted
+        except Exception as error:
+            if self.video:
+                raise UserError(f"cannot write {self.video}: {first_line(error)}") from error
+        finally:
+            self.envs.closed = True  # or it would try again when it is deleted
 
 
 # ---- 13. Logging, training, evaluation, pictures, checkpoint -------------------------------------
@@ -1483,7 +1505,7 @@ class Logger:
 
     def __init__(self, args, folder, step=0, size=0, seconds=0.0):
         self.file, self.tensorboard = open(folder / "metrics.jsonl", "ab", buffering=0), None
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
+        with contextlib.suppress(ImportError, OSError):  # no fcntl (Windows), or no locks (NFS)
             import fcntl
 
             try:
@@ -1559,8 +1581,8 @@ class Trainer:
 
     def __init__(self, args, envs, agent, folder, checkpoint=None):
         self.args, self.envs, self.agent, n = args, envs, agent, args.num_envs
-        steps = max(args.total_timesteps, checkpoint["step"] if checkpoint else 0) + n
-        length = math.ceil(min(args.buffer_size, steps) / n)  # of each stream
+        total = max(args.total_timesteps, checkpoint["step"] if checkpoint else 0) + n
+        length = math.ceil(min(args.buffer_size, total) / n)  # of each stream
         if agent.device.type == "cpu":
             keep_freed_memory()
         self.step = self.updates = self.evaluated = 0  # evaluated: step of the last evaluation
@@ -1582,6 +1604,9 @@ class Trainer:
         if checkpoint and checkpoint["processes"] == WORLD_SIZE:  # otherwise it fills anew
             written = checkpoint["replay"]
         self.replay = Replay(path, length, envs.spaces, agent.model.rssm, args, *written)
+        if WORLD_SIZE > 1:  # all begin to train at the same step
+            dist.all_reduce(first := torch.tensor(self.replay.readable_from), dist.ReduceOp.MAX)
+            self.replay.readable_from = first.item()
 
     def collect_and_train(self):
         """One step of every environment and the updates due: episodes as of `Environments.step`."""
@@ -1901,6 +1926,11 @@ def open_run(args, device, dtype):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is {old} in this run, and must not become another")
         seed += 100_000 + checkpoint["step"]  # new episodes: not those of the start
+    with tempfile.TemporaryDirectory() as videos:  # fail before there is a folder
+        trial = Environments(args, 1, seed, videos if args.capture_video else None)
+        with contextlib.closing(trial):
+            trial.reset()
+            trial.step(np.zeros((1, trial.spaces.action_width)))
     n = args.num_envs // WORLD_SIZE
     envs = Environments(args, n, seed + RANK * n)
     with contextlib.ExitStack() as undo:  # what was begun, if there is an error below
@@ -1911,8 +1941,6 @@ def open_run(args, device, dtype):
             text = f"cannot make networks of this size: {first_line(error)}"
             raise UserError(text) from error
         if not checkpoint:
-            envs.reset()
-            envs.step(np.zeros((n, envs.spaces.action_width)))  # fail before there is a folder
             if not RANK:
                 folder.mkdir(parents=True)
                 undo.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -1973,9 +2001,6 @@ def main(args, stop=()):
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
         return evaluate_checkpoint(args, device, stop)
-    if args.capture_video:  # fail now rather than at the first evaluation
-        with tempfile.TemporaryDirectory() as videos:
-            Environments(args, 1, args.seed, videos).close()
     folder, trainer, logger = open_run(args, device, dtype)
     agent, step, n, returns = trainer.agent, trainer.step, args.num_envs, None
     stopped, saved = False, folder / "checkpoint.pt"
@@ -2069,14 +2094,12 @@ def cli():
 
     def on_signal(number, frame):
         """Ask the loop to end; the second time, end the process."""
-        worker = multiprocessing.parent_process()  # of --async-envs: leaves Ctrl-C to the main one
-        if stop or worker and number == signal.SIGTERM:
+        if stop:
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(128 + number)
-        if not worker:
-            stop.append(number)
-            os.write(2, b"\nstopping after this step; once more, and it stops at once\n")
+        stop.append(number)
+        os.write(2, b"\nstopping after this step; once more, and it stops at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
@@ -2087,6 +2110,8 @@ def cli():
     except (UserError, OSError, MemoryError) as error:
         fail(error, 128 + stop[0] if stop else 2)
     except RuntimeError as error:
+        if stop:  # Ctrl-C ends a C++ compiler, too
+            fail(f"stopped: {first_line(error)}", 128 + stop[0])
         if not re.search("gloo|NCCL", str(error)):
             raise
         fail(f"another process has ended: {first_line(error)}")
