@@ -517,7 +517,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces, deter, stoch, depth, units):
         super().__init__()
-        self.spaces = spaces
+        self.spaces, self.to_pixels = spaces, torch.sigmoid
         if spaces.vectors:
             self.mlp = mlp(stoch + deter, units, 3)
             widths = [width for _, width, _ in spaces.vectors]
@@ -549,7 +549,7 @@ class Decoder(nn.Module):
             for conv, norm in zip(self.convs, self.norms, strict=True):
                 x = norm(conv(x))
             for (name, _), out in zip(self.spaces.images, self.image_outs, strict=True):
-                recon[name] = torch.sigmoid(f32(out(x))).unflatten(0, deter.shape[:2])
+                recon[name] = self.to_pixels(f32(out(x))).unflatten(0, deter.shape[:2])
         return recon
 
     def losses(self, recon, obs):
@@ -1760,7 +1760,8 @@ def report(trainer, path):
     if not agent.spaces.images:
         return metrics, None
     name, _ = agent.spaces.images[0]
-    picture = film_strip(steps[name].cpu().numpy() / 255, recon[name].cpu().numpy(), seen)
+    prediction = recon[name].clamp(0, 1).cpu().numpy()  # variants/ do not bound it
+    picture = film_strip(steps[name].cpu().numpy() / 255, prediction, seen)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(png(picture))
     return metrics, picture

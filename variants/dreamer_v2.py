@@ -17,10 +17,10 @@ arXiv:2010.02193. Numbers: the released code's, github.com/danijar/dreamerv2 at 
     three Adams, each clipped by its gradient's norm   one LaProp, each tensor clipped by itself
     sequences start from zeros                         from the state that the replay has stored
 
-Left out, so as V3 has it: encoder and decoder of images, cross-entropies of discrete observations,
-three layers around vectors (V2: four), initialisation, capacity and sampling of the replay, no
-prefill, no pretraining, evenly spread updates, the predicted discount of imagination's first state
-and of control tasks, colour. Always float32 (V2: float16). Stored states are never used.
+Left out, so as V3 has it: the convolutions, cross-entropies of discrete observations, three layers
+around vectors (V2: four), initialisation, capacity and sampling of the replay, no prefill, no
+pretraining, evenly spread updates, the predicted discount of imagination's first state and of
+control tasks, colour. Always float32 (V2: float16).
 """
 
 import copy
@@ -160,9 +160,9 @@ class Dreamer(v3.Dreamer):
         self.encoder = v3.Encoder(spaces, depth, units)
         self.rssm = self.rssm_class(spaces.action_width, self.encoder.embed_dim, *sizes)
         self.decoder = v3.Decoder(spaces, deter, stoch, depth, units)
-        for name, layers in self.heads.items():
-            outscale = float(name == "cont")  # as V3's heads begin
-            setattr(self, name, v3.mlp(deter + stoch, units, layers, 1, outscale))
+        self.decoder.to_pixels = lambda x: x + 0.5  # unbounded: the mean of a normal
+        for name, layers in self.heads.items():  # whose first weights are as V3's
+            setattr(self, name, v3.mlp(deter + stoch, units, layers, 1, float(name == "cont")))
         self.actor = v3.Actor(deter + stoch, units, spaces, unimix=0.0)
         self.actor.mlp = v3.mlp(deter + stoch, units, 4)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)  # the target critic

@@ -217,6 +217,8 @@ def check_world_model_loss():
         close(losses["a"], 0.5 * ((recon["a"] - batch["a"]) ** 2).sum(-1))
         image = batch["image"] / 255
         close(losses["image"], 0.5 * ((recon["image"] - image) ** 2).sum((-3, -2, -1)))
+        model.decoder.image_outs[0].bias.data += 7
+        close(model.decoder(deter, stoch)["image"], recon["image"] + 7)  # bounded by nothing
         log_probs = [x - x.logsumexp(-1, keepdim=True) for x in recon["b"].split((2, 3), -1)]
         close(losses["b"], -(torch.cat(log_probs, -1) * batch["b"]).sum(-1))
         feat = model.rssm.feat(deter, stoch)
@@ -868,6 +870,7 @@ EDITS = [  # module, its text, the text with a mistake, the check that must catc
     (V2, "stoch, classes), 0.0", "stoch, classes), 0.01", check_latents),
     (V2, "spaces, unimix=0.0", "spaces, unimix=0.01", check_latents),
     (V1, "self.random = torch.randn", "self.random = torch.rand", check_latents),
+    (V2, "lambda x: x + 0.5", "torch.sigmoid", check_world_model_loss),
     (V2, "if name in discrete else 0.5 * loss", "if name in discrete else loss",
         check_world_model_loss),
     (V2, "loss if name in discrete else 0.5 * loss", "0.5 * loss", check_world_model_loss),
