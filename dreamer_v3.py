@@ -517,7 +517,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces, deter, stoch, depth, units):
         super().__init__()
-        self.spaces, self.to_pixels = spaces, torch.sigmoid
+        self.spaces, self.to_pixels = spaces, torch.sigmoid  # variants/ have another
         if spaces.vectors:
             self.mlp = mlp(stoch + deter, units, 3)
             widths = [width for _, width, _ in spaces.vectors]
@@ -1276,7 +1276,7 @@ tell = functools.cache(print)  # says the same thing once
 
 
 def leave_signals(env):
-    """Leave Ctrl-C to the main process, if this is one of --async-envs; gives the environment."""
+    """In a process of --async-envs: ignore Ctrl-C, which the main one answers; end at SIGTERM."""
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2599,8 +2599,8 @@ def test_episodes_of_one_step(async_envs, tmp_path):
     _, trainer, logger = dreamer_v3.open_run(replace(args, resume=str(folder)), *CPU)
     trainer.envs.close()
     logger.close()
-    flags = [trainer.replay.data[name][:40, 0].tolist() for name in ("is_first", "is_last")]
-    assert flags == [[True, False] * 20, [False, True] * 20]
+    stored = [trainer.replay.data[name][:40, 0].tolist() for name in ("is_first", "is_last")]
+    assert stored == [[True, False] * 20, [False, True] * 20]
 
 
 def test_episodes_without_end(tmp_path, monkeypatch):
@@ -2696,12 +2696,13 @@ def test_video_that_cannot_be_written(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(gym.wrappers, "RecordVideo", NoVideo)
+    args = tiny(env_id="CartPole-v1", run_dir=str(tmp_path))
+    agent = Agent(args, dreamer_v3.Environments(args, 1, 0).spaces)
     for async_envs in (False, True):
-        args = tiny(env_id="CartPole-v1", run_dir=str(tmp_path), async_envs=async_envs)
+        args = replace(args, async_envs=async_envs)
         with pytest.raises(UserError, match="cannot write .*: .*No space left on device"):
             dreamer_v3.open_run(replace(args, capture_video=True), *CPU)
         assert not list(tmp_path.iterdir())
-        agent = Agent(args, dreamer_v3.Environments(args, 1, 0).spaces)
         with pytest.raises(UserError, match=f"cannot write {tmp_path}"):
             dreamer_v3.evaluate(agent, args, 1, tmp_path)
 
