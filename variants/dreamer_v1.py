@@ -15,15 +15,15 @@ model is that of PlaNet, arXiv:1811.04551.
     continuous actions: tanh of a normal               a normal cut off at +-1
     noise on the actions, no entropy                   entropy in the actor's loss, no noise
     the critic's own values are the targets            those of a copy, made every 100 updates
-    the state imagination starts from has no loss      it has
+    the critic has no loss where imagination starts    it has
     2 hidden layers (reward), 3 (discount, value)      4
     Adam                                               Adam with weight decay
 
 Left out, beside what dreamer_v2.py leaves out: ReLU in the convolutions, the most likely one of 100
 samples for the greedy action (the tanh of the mean is taken), a share of random actions that falls
-with time. The action before a sequence is zero, not the recorded one. The discount is predicted:
-a flag of the authors, and off. They observe images only; vectors are treated as in V2. Their tasks
-repeat an action twice: `--action-repeat 2` here.
+with time. The action before a sequence is zero, not the recorded one. The discount is always
+predicted; the authors' flag for that is off. They observe images only; vectors are treated as in
+V2. Their tasks repeat an action twice: `--action-repeat 2` here.
 """
 
 import math

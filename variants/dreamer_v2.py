@@ -10,17 +10,17 @@ arXiv:2010.02193. Numbers: the released code's, github.com/danijar/dreamerv2 at 
     one KL, balanced 0.8 : 0.2, free nats on the mean  two, 1 : 0.1, free nats on each step; unimix
     continuous actions from a normal cut off at +-1    from a normal that the environment clips
     v(s) counts the reward received on arriving at s   rewards after s only
-    targets from a copy of the critic, every 100       its own, but near a moving average
-    advantages as they are                             divided by the range of returns
+    targets from a copy of the critic, every 100       its own; a loss keeps it near its average
+    returns or advantages as they are                  advantages divided by the range of returns
     continuous actions learn through the dynamics      all actions learn by REINFORCE
     the critic learns in imagination only              from the replay too
-    three Adams, each clipped by its gradient's norm   one LaProp, each tensor clipped by itself
+    three Adams, each clipped by its gradient's norm   one LaProp, clipped relative to the weights
     sequences start from zeros                         from the state that the replay has stored
 
 Left out, so as V3 has it: the convolutions, cross-entropies of discrete observations, three layers
-around vectors (V2: four), initialisation, capacity and sampling of the replay, no prefill, no
-pretraining, evenly spread updates, the predicted discount of imagination's first state and of
-control tasks, colour. Always float32 (V2: float16).
+around vectors (V2: four), initialisation, capacity and sampling of the replay (sequences go on into
+the next episode), evenly spread updates, colour, and the predicted discount of imagination's first
+state and of control tasks. No prefill, no pretraining. Always float32 (V2: float16).
 """
 
 import copy
@@ -70,10 +70,10 @@ class Args(v3.Args):
     beta_cont: float = 5.0  # Weight of the loss of the predicted discount.
     tanh_rewards: bool = True  # Learn tanh(reward) instead of the reward.
     slow_every: int = 100  # Updates between two copies of the critic; a copy gives the targets.
-    # No flags: constants (float32: bfloat16 is coarse for values as they are), and V3's own flags.
+    # No flags: constants (float32: bfloat16 is coarse for raw values); from `size` on, V3's alone.
     adam_eps: ClassVar = 1e-5; weight_decay: ClassVar = 1e-6; grad_clip: ClassVar = 100  # fmt: skip
-    dtype: ClassVar = "float32"; beta1: ClassVar; beta2: ClassVar; size: ClassVar  # fmt: skip
-    blocks: ClassVar; unimix: ClassVar; actor_unimix: ClassVar  # fmt: skip
+    dtype: ClassVar = "float32"; beta1: ClassVar; beta2: ClassVar  # fmt: skip
+    size: ClassVar; blocks: ClassVar; unimix: ClassVar; actor_unimix: ClassVar  # fmt: skip
     beta_pred: ClassVar; beta_dyn: ClassVar; beta_rep: ClassVar; beta_val: ClassVar  # fmt: skip
     beta_repval: ClassVar; slow_reg: ClassVar; tau: ClassVar; return_rate: ClassVar  # fmt: skip
     warmup_updates: ClassVar; agc_clip: ClassVar; laprop_eps: ClassVar  # fmt: skip
@@ -98,14 +98,14 @@ class RSSM(v3.RSSM):
         return F.linear(action, self.cell_in.weight[:, math.prod(self.stoch_shape) :])
 
     def layers(self):
-        """The linear layers of a step, name -> (weight, bias); of two, what sees z or h only."""
+        """Layers of a step, name -> (weight, bias); of two, the part of z (cell_in) or h."""
         dense = lambda layer, width=None: (layer.weight[:, :width].T, layer.bias)
         layers = {name: dense(getattr(self, name)) for name in self.step_layers}
         layers["stoch_in"] = dense(self.cell_in, math.prod(self.stoch_shape))
         return layers | {"posterior_in": (dense(self.posterior_in[0], self.deter_dim)[0], None)}
 
     def sequence_model(self, deter, stoch, action_embed, linear):
-        """h' = f(h, z, a): deter (B, D), stoch (B, S, K), (B, hidden) -> (B, D)."""
+        """h' = f(h, z, a): (B, D), (B, S, K), (B, hidden) -> (B, D); linear as in V3."""
         x = F.elu(linear("stoch_in", stoch.flatten(-2)) + action_embed)
         gates = self.gru_norm(v3.f32(linear("gru", torch.cat([x, deter], -1))))
         reset, candidate, update = gates.chunk(3, -1)  # (B, D) each
@@ -194,10 +194,10 @@ def imagined_returns(model, feat, args):
     """The returns G and weights w of states 0 to H-1, (N, H) each, from feat (N, H+1, F):
 
         G[t] = r[t] + c[t] ((1 - lambda) v[t+1] + lambda G[t+1]),  G[H] = v[H]
-        w[t] = w[t-1] c[t-1],  w[0] = 1
+        w[t] = w[t-1] c[t-1],  w[0] = 1                (V3: w[t] = w[t-1] c[t],  w[0] = c[0])
 
     (paper: Eq. 4) with v (N, H+1) of the target critic, returned too. V3's return counts r and c
-    of t+1: here both move one step. The first r is not read; the first c gives w[0].
+    of t+1: here both move one step, behind a 1. That of r is not read; that of c is w[0].
     """
     head = lambda net: v3.f32(net(feat)).squeeze(-1)  # (N, H+1)
     value, reward, cont = head(model.slow_critic), head(model.reward), head(model.cont).sigmoid()
@@ -209,8 +209,8 @@ def imagined_returns(model, feat, args):
 def actor_critic_loss(model, feat, action, args):
     """Losses of actor (N, H-1) and critic (N, H) on imagined trajectories (paper: Eq. 6 and 5).
 
-    Action t earns the return of state t+1: by REINFORCE with the baseline v[t] if it is discrete,
-    otherwise by that return's own gradient, which passes through the dynamics (v2:agent.py:268).
+    Action t earns G[t+1]. Discrete ones learn by REINFORCE (the authors' baseline v[t] has r[t] in
+    it, G[t+1] has not), others by G's own gradient, through the dynamics (v2:agent.py:268).
     """
     returns, weight, value, metrics = imagined_returns(model, feat, args)
     policy, objective = model.actor(feat[:, :-2].detach()), returns[:, 1:]
