@@ -286,7 +286,7 @@ def authors(folder):
 
 def load():
     """Tasks in order: name -> runs, and the authors' summary."""
-    others = "authors speed random side_by_side family".split()
+    others = "authors speed updates random side_by_side family".split()
     paths = sorted(path for path in HERE.glob("*.json") if path.stem not in others)
     tasks = {path.stem: json.loads(path.read_text()) for path in paths}
     return tasks, json.loads((HERE / "authors.json").read_text())
@@ -471,6 +471,24 @@ def table_speed():
     return rows
 
 
+def table_updates():
+    """Median seconds of an update in all programs, of what `benchmark_others.py` printed."""
+    runs = json.loads((HERE / "updates.json").read_text())["runs"]
+    names = {"authors": "authors' JAX", "r2dreamer": "r2dreamer", "ours": "this file"}
+    cases = {}  # (kind, size, dtype) -> program -> seconds
+    for run in runs:
+        case = cases.setdefault((run["kind"], run["size"], run["dtype"]), {})
+        case.setdefault(run["program"], []).extend(run["seconds"])
+    rows = [f"| seconds an update | {' | '.join(names.values())} | JAX, r2dreamer / this file |"]
+    rows += ["| --- | --- | --- | --- | --- |"]
+    for (kind, size, dtype), seconds in cases.items():
+        theirs, r2dreamer, ours = (np.median(seconds[name]) for name in names)
+        ratios = f"{theirs / ours:.1f}, {r2dreamer / ours:.1f}"
+        cells = f"{theirs:#.3g} | {r2dreamer:#.3g} | {ours:#.3g} | {ratios}"
+        rows.append(f"| {kind}s, size {size}, {dtype} | {cells} |")
+    return rows
+
+
 def table_growth():
     """Speed by size, and by batch, length and horizon."""
     rows = ["| with | parameters | TFLOP an update | update, s | matrix rate | memory, GB |"]
@@ -619,6 +637,7 @@ def side_by_side():
         axis, same = axes[row, i], [curve for curve in curves if curve["task"] == task]
         if not all(x in curve for curve in same):
             axis.axis("off")
+            axis.text(0.5, 0.5, "minutes not recorded", ha="center", color="0.4")
             continue
         for method, (label, color) in PROGRAMS.items():
             runs = [

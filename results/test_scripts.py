@@ -118,6 +118,30 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_benchmark_of_others(monkeypatch, capsys):
+    """Our update on synthetic steps has the parameters that the page names; wrong folders."""
+    script = load_module(HERE / "results/benchmark_others.py", monkeypatch)
+    monkeypatch.setattr(dreamer_v3.Agent, "compile", lambda self: None)
+    monkeypatch.setattr(script, "B", 2)
+    monkeypatch.setattr(script, "T", 4)
+    for kind, parameters in ("vector", 637_381), ("image", 686_843):
+        words = ["ours", kind, "1m", "float32", "--updates", "2"]
+        monkeypatch.setattr(sys, "argv", ["benchmark_others.py", *words])
+        script.main()
+        result = json.loads(capsys.readouterr().out)
+        assert (result["kind"], result["parameters"]) == (kind, parameters)
+        assert len(result["seconds"]) == 2 and min(result["seconds"]) > 0
+    update, _ = script.ours("vector", "1m", "float32")
+    (deter, stoch), losses = update()
+    assert deter.shape == (2, 4, 512) and stoch.shape == (2, 4, 32)
+    assert np.isfinite(losses["losses/total"]) and update()[1] != losses
+    for folder in ".", "missing":
+        monkeypatch.setattr(sys, "argv", ["x", "r2dreamer", *words[1:], "--folder", folder])
+        with pytest.raises(SystemExit, match="2"):
+            script.main()
+        assert "is not a checkout of r2dreamer" in capsys.readouterr().err
+
+
 def test_parity_table():
     """The script's table is that of docs/tests.md, but for the last digits; all is below 1e-10."""
     command = [sys.executable, "results/parity/compare.py"]
