@@ -4,21 +4,23 @@
     python results/benchmark_others.py authors image 12m bfloat16 --folder FOLDER
     python results/benchmark_others.py r2dreamer image 1m float32 --folder FOLDER --compile
 
-Each runs in a process of its own, with the packages that results/README.md names, on the CPU.
+Each runs in a process of its own, with the packages that docs/speed.md names, on the CPU.
 FOLDER is a checkout of danijar/dreamerv3 at commit e3f0224, or of NM512/r2dreamer at 546e4fa; its
 files stay as they are. An update goes from a batch of 16 x 64 in memory, already drawn from the
 replay, to new parameters, losses and latent states. The last line is a JSON object: `first` is the
 first update with all that is compiled for it, `seconds` the updates after two more.
 
 Theirs are used as they are, but for this: the authors' report is not compiled, and r2dreamer's type
-of matrix products, float16, is float32 or bfloat16 here, since a CPU is not faster in it. It is
-eager without --compile, which is its default; on a CPU that takes many minutes once.
+of matrix products, float16, is float32 or bfloat16 here, since a CPU is not faster in it. It runs
+eagerly here; with --compile it compiles as it does by default, which takes a CPU many minutes.
 """
 
 import argparse
+import ctypes
 import importlib
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -53,7 +55,6 @@ def ours(kind, size, dtype, **_):
     images = ((name, 3),) if kind == "image" else ()
     vectors = ((name, *shape, ()),) if kind == "vector" else ()
     spaces = file.Spaces(images, vectors, (actions,), actions)
-    file.keep_freed_memory()
     agent = file.Agent(file.Args(size=size), spaces, "cpu", getattr(torch, dtype))
     batch = make_batch(kind, T)
     batch["prev_action"] = np.eye(actions, dtype=np.float32)[batch.pop("action")]
@@ -73,6 +74,7 @@ def authors(kind, size, dtype, folder, **_):
     sys.path.insert(0, folder)
     names = "jax", "elements", "ruamel.yaml", "dreamerv3.agent"
     jax, elements, yaml, module = map(importlib.import_module, names)
+    jax.devices()  # reads the shell's XLA_FLAGS, which their setup overwrites
     configs = yaml.YAML(typ="safe").load((Path(folder) / "dreamerv3/configs.yaml").read_text())
     with tempfile.TemporaryDirectory() as logdir:
         config = elements.Config(configs["defaults"]).update(configs[f"size{size}"])
@@ -159,23 +161,34 @@ def main():
     parser.add_argument("dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--folder", default=".", help="checkout of the other program")
     parser.add_argument("--compile", action="store_true", help="of r2dreamer, its torch.compile")
+    parser.add_argument("--keep-memory", action="store_true", help="set glibc as ours does")
     parser.add_argument("--updates", type=int, default=10)
     args = vars(parser.parse_args())
+    if sys.platform != "linux":
+        parser.error("the allocator's settings are those of Linux")
     program, count, seconds = args.pop("program"), args.pop("updates"), []
     make, file = PROGRAMS[program]
+    settings = {"keep_memory": args.pop("keep_memory") or program == "ours"}
+    settings |= {"threads": len(os.sched_getaffinity(0)), "xla": os.environ.get("XLA_FLAGS", "")}
+    if settings["keep_memory"]:  # as keep_freed_memory of dreamer_v3.py, which its Trainer calls
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, -1)
+    if args["compile"] and program != "r2dreamer":
+        parser.error("--compile is for r2dreamer: the other two always compile")
     if not (Path(args["folder"]) / file).exists():
         parser.error(f"--folder {args['folder']} is not a checkout of {program}: no {file}")
     try:
         update, parameters = make(**args)
     except ImportError as error:
-        parser.error(f"{error}; results/README.md says what to install")
+        parser.error(f"{error}; docs/speed.md says what to install")
     for _ in range(count + 3):
         start = time.perf_counter()
         update()
         seconds.append(round(time.perf_counter() - start, 4))
     del args["folder"]
     result = dict(program=program, **args, parameters=parameters, first=seconds[0])
-    print(json.dumps(result | {"seconds": seconds[3:]}), flush=True)
+    print(json.dumps(result | settings | {"seconds": seconds[3:]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -130,16 +131,21 @@ def test_benchmark_of_others(monkeypatch, capsys):
         script.main()
         result = json.loads(capsys.readouterr().out)
         assert (result["kind"], result["parameters"]) == (kind, parameters)
+        assert result["keep_memory"] and result["threads"] == len(os.sched_getaffinity(0))
         assert len(result["seconds"]) == 2 and min(result["seconds"]) > 0
     update, _ = script.ours("vector", "1m", "float32")
     (deter, stoch), losses = update()
     assert deter.shape == (2, 4, 512) and stoch.shape == (2, 4, 32)
     assert np.isfinite(losses["losses/total"]) and update()[1] != losses
-    for folder in ".", "missing":
-        monkeypatch.setattr(sys, "argv", ["x", "r2dreamer", *words[1:], "--folder", folder])
+    other = ["r2dreamer", *words[1:], "--keep-memory", "--folder"]
+    refused = "is not a checkout of r2dreamer"
+    for wrong, message in (
+        ([*other, "."], refused), ([*other, "missing"], refused), ([*words, "--compile"], "always")
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["benchmark_others.py", *wrong])
         with pytest.raises(SystemExit, match="2"):
             script.main()
-        assert "is not a checkout of r2dreamer" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_parity_table():
