@@ -119,6 +119,7 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the script needs Linux")
 def test_benchmark_of_others(monkeypatch, capsys):
     """Our update on synthetic steps has the parameters that the page names; wrong folders."""
     script = load_module(HERE / "results/benchmark_others.py", monkeypatch)
