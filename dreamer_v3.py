@@ -1024,14 +1024,18 @@ class CudaGraph:
         return tree_map(torch.clone, outputs)
 
     def record(self, key, inputs):
-        """Capture the function for inputs like these. If that fails, it goes on without a graph."""
+        """Capture the function for inputs like these. Raises UserError if that fails.
+
+        A run cannot go on after that: torch's random generator may count as captured for ever.
+        """
         static, graph = tree_map_only(torch.Tensor, torch.clone, inputs), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                self.graphs[key] = graph, tree_leaves(static), self.function(*static)
-        except RuntimeError as error:
-            self.graphs.pop(key, None)
-            print(f"CUDA graphs do not work here, going on without them: {first_line(error)}")
+                outputs = self.function(*static)
+        except RuntimeError as error:  # an error inside comes first; the end then fails, too
+            cause = first_line(error.__context__ or error)
+            raise UserError(f"cannot capture a CUDA graph: {cause}; try --no-cudagraphs") from error
+        self.graphs[key] = graph, tree_leaves(static), outputs
 
 
 class Agent:
