@@ -2117,6 +2117,8 @@ def cli():
     except RuntimeError as error:
         if stop:  # Ctrl-C ends a C++ compiler, too
             fail(f"stopped: {first_line(error)}", 128 + stop[0])
+        if re.search("out of memory|allocate memory", str(error)):
+            fail(f"{first_line(error)}; lower --batch-size or --size")
         if not re.search("gloo|NCCL", str(error)):
             raise
         fail(f"another process has ended: {first_line(error)}")

@@ -2895,6 +2895,24 @@ def test_signal_that_ends_a_compiler(tmp_path):
     assert err == "dreamer_v3.py: error: stopped: g++ was interrupted\n"
 
 
+NO_MEMORY = """
+import torch
+def full(args, stop):
+    if args.seed == 1:
+        torch.empty(1 << 55)
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\\nand much more")
+dreamer_v3.main = full
+dreamer_v3.cli()
+"""
+
+
+@pytest.mark.parametrize(("seed", "said"), [(1, "can't allocate memory"), (2, "CUDA out of memory")])
+def test_memory_runs_out(seed, said, tmp_path):
+    """Group J: where an update does not fit into memory, one line says what to lower."""
+    err = failed(start(*flags(tiny(run_dir=str(tmp_path), seed=seed)), code=NO_MEMORY))
+    assert said in err and err.endswith("; lower --batch-size or --size\n") and "more" not in err
+
+
 def test_signals_of_workers():
     """Group J: a process of --async-envs ignores Ctrl-C, however it began, and can be ended."""
 
