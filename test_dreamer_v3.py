@@ -2906,7 +2906,9 @@ dreamer_v3.cli()
 """
 
 
-@pytest.mark.parametrize(("seed", "said"), [(1, "can't allocate memory"), (2, "CUDA out of memory")])
+@pytest.mark.parametrize(
+    ("seed", "said"), [(1, "can't allocate memory"), (2, "CUDA out of memory")]
+)
 def test_memory_runs_out(seed, said, tmp_path):
     """Group J: where an update does not fit into memory, one line says what to lower."""
     err = failed(start(*flags(tiny(run_dir=str(tmp_path), seed=seed)), code=NO_MEMORY))

@@ -504,20 +504,21 @@ def table_growth():
 
 
 def table_quick():
-    """Minutes and returns of the commands of the section on use."""
+    """Minutes and returns of one command for each task."""
     rows = ["| task | agent steps | minutes | random | return of each seed | solved | command |"]
     rows += ["| --- | --- | --- | --- | --- | --- | --- |"]
     tasks, published = load()
     chance = json.loads((HERE / "random.json").read_text())
     for task, runs in tasks.items():
-        for command, same in by_command(runs).items() if task not in published else ():
-            if len(same) > 1:  # what was tried once is in the other tables
-                last = " / ".join(f"{run['evaluations'][-1][1]:.0f}" for run in same)
-                row = f"| {task} | {same[0]['steps']:,} | {minutes(same)} "
-                solved = chance[plain(task)]["solved"]
-                row += f"| {at_random(chance, task, same[0])} | {last} "
-                row += f"| {'none' if solved is None else f'{solved:.0f}'} "
-                rows.append(f"{row}| [{numbers(tasks)[command]}](results/README.md#commands) |")
+        # The command with the most seeds; of equals, the latest.
+        command, same = max(reversed(by_command(runs).items()), key=lambda item: len(item[1]))
+        if task not in published and len(same) > 1:  # the other tables have what was tried once
+            last = " / ".join(f"{run['evaluations'][-1][1]:.0f}" for run in same)
+            row = f"| {task} | {same[0]['steps']:,} | {minutes(same)} "
+            solved = chance[plain(task)]["solved"]
+            row += f"| {at_random(chance, task, same[0])} | {last} "
+            row += f"| {'none' if solved is None else f'{solved:.0f}'} "
+            rows.append(f"{row}| [{numbers(tasks)[command]}](results/README.md#commands) |")
     return rows
 
 
