@@ -1048,6 +1048,9 @@ class Agent:
     def __init__(self, args, spaces, device="cpu", dtype=torch.float32):
         self.args, self.spaces, self.device = args, spaces, torch.device(device)
         self.gpus = [self.device] if self.device.type == "cuda" else []
+        if self.gpus:
+            torch.cuda.set_device(self.device.index or 0)  # graphs are captured on this one
+            torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         self.model = Dreamer(args, spaces).to(self.device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.params, args)
@@ -1056,7 +1059,7 @@ class Agent:
         self.behaviour_loss = actor_critic_loss
         if args.compile:
             self.compile()
-        if args.cudagraphs and self.device.type == "cuda":
+        if args.cudagraphs and self.gpus:
             self.act, self.train_step = CudaGraph(self.act), CudaGraph(self.train_step)
 
     def compile(self):
@@ -1632,8 +1635,9 @@ class Trainer:
     def train(self):
         """One update. A GPU may still be busy with it when this returns: see `finish_update`."""
         batch, index = self.replay.sample()
+        batch = to_device(batch, self.agent.device)  # a GPU is still busy with the latest update
         self.finish_update()
-        self.batch = to_device(batch | self.replay.read_latents(index), self.agent.device)
+        self.batch = batch | to_device(self.replay.read_latents(index), self.agent.device)
         self.metrics, *latents = self.agent.train_step(self.batch)
         self.pending = index, latents
         self.updates += 1
@@ -1901,9 +1905,9 @@ def choose_device(args):
     gpu = args.cuda and torch.cuda.is_available()
     device = torch.device(f"cuda:{LOCAL_RANK}" if gpu else "cpu")
     if gpu:
-        torch.cuda.set_device(device)
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise UserError("more processes than GPUs: lower --nproc-per-node, or use --no-cuda")
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     else:
         fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     auto = "bfloat16" if fast else "float32"
@@ -2003,6 +2007,8 @@ def main(args, stop=()):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     torch.manual_seed(args.seed)
+    if args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     if args.evaluate:
         return evaluate_checkpoint(args, device, stop)
@@ -2053,6 +2059,8 @@ def main(args, stop=()):
             if logger:
                 logger.show(f"saved {saved} at step {trainer.step:,}")
         finally:
+            for function in (agent.act, agent.train_step):  # NCCL ends after the last of its graphs
+                getattr(function, "graphs", {}).clear()
             trainer.envs.close()
             if logger:
                 logger.close()

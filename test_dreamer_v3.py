@@ -2289,6 +2289,81 @@ def test_graphs_of_types(monkeypatch):
     assert len(double.graphs) == 3 and len(calls) == 12
 
 
+def test_staging_overlaps_an_update(tmp_path, monkeypatch):
+    """Group I: a batch is on its way before the update before it is waited for; its start is not.
+
+    The states where the sequences start may be those that this update computes.
+    """
+    args = tiny(env_id="TestCounting-v0", run_dir=str(tmp_path), train_ratio=0)
+    _, trainer, logger = dreamer_v3.open_run(args, *CPU)
+    for _ in range(40):
+        trainer.collect_and_train()
+    calls, to_device, finish = [], dreamer_v3.to_device, trainer.finish_update
+    spy = lambda arrays, device: (calls.append("deter" in arrays), to_device(arrays, device))[1]
+    monkeypatch.setattr(dreamer_v3, "to_device", spy)
+    trainer.finish_update = lambda: (calls.append("waits"), finish())
+    for _ in range(2):
+        trainer.train()
+        assert calls == [False, "waits", True] and {"deter", "obs"} < set(trainer.batch)
+        calls.clear()
+    logger.close()
+
+
+def test_graphs_end_before_their_communicator(tmp_path, monkeypatch):
+    """Group I: a run leaves no captured graph, also when it fails: NCCL would wait for it."""
+    agents = []
+
+    class Graphed(dreamer_v3.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.train_step = functools.partial(self.train_step)
+            self.train_step.graphs = {"shapes": "a graph"}
+            agents.append(self)
+
+    monkeypatch.setattr(dreamer_v3, "Agent", Graphed)
+    args = tiny(env_id="TestCounting-v0", run_dir=str(tmp_path), total_timesteps=10)
+    dreamer_v3.main(args)
+    odd = dict(env_id="TestOdd-v0", env_kwargs='{"fault": "raises"}', total_timesteps=40)
+    with pytest.raises(UserError, match="simulator broke"):
+        dreamer_v3.main(replace(args, **odd))
+    assert [agent.train_step.graphs for agent in agents] == [{}, {}]
+
+
+def test_gpu_of_an_agent(monkeypatch):
+    """Group I: graphs are captured on the agent's GPU; there is one for each process."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises((AssertionError, RuntimeError)):  # there is no GPU to go on with
+            Agent(tiny(), VECTOR, device)
+    assert chosen == [0, 1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(dreamer_v3, "LOCAL_RANK", 1)
+    assert dreamer_v3.choose_device(Args()) == (torch.device("cuda:1"), torch.bfloat16)
+    monkeypatch.setattr(dreamer_v3, "LOCAL_RANK", 2)
+    with pytest.raises(UserError, match="more processes than GPUs"):
+        dreamer_v3.choose_device(Args())
+
+
+def test_deterministic_kernels(tmp_path, monkeypatch):
+    """Group I: --torch-deterministic asks for them, and gives cuBLAS the memory that they need."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    for wanted in (True, False):
+        dreamer_v3.main(
+            tiny(
+                env_id="TestCounting-v0",
+                run_dir=str(tmp_path / str(wanted)),
+                torch_deterministic=wanted,
+                total_timesteps=4,
+            )
+        )
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+
+
 # ---- J. Runs that survive ------------------------------------------------------------------------
 
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: set SLOW=1")
