@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# First look at the CUDA path, in the project's root, ten minutes:
+# First look at the CUDA path, in the project's root, a quarter of an hour:
 #     bash results/gpu_first_minutes.sh [env exact vector image bench run]
 # Each stage prints its exit status, its seconds and its last lines; a failure stops nothing.
 [ -f dreamer_v3.py ] || { echo "run this where dreamer_v3.py is"; exit 1; }
@@ -35,6 +35,8 @@ def exact():  # float32, the most likely classes for samples: CPU, GPU, compiled
     eager = losses(agent(False), 8); check("3 updates, GPU beside CPU: gap", lambda: ((x := gap(losses(agent(False, "cpu"), 3), eager)) < 5e-3, x))
     check("captured, not compiled, beside eager: gap", lambda: ((x := gap(losses(agent(False, graphs=True), 8), eager)) < 5e-3, x))
     check("compiled, not captured, beside eager: gap", lambda: ((x := gap(losses(agent(True, graphs=False), 8), eager)) < 5e-3, x))
+    one, two = agent(False), agent(True); losses(one, 1), losses(two, 1); scales = lambda a: [x.sqrt().norm().item() for x in a.optimizer.nu]
+    check("gradient of each tensor, compiled beside eager: gap", lambda: ((x := max(abs(p - q) / (q + 1e-9) for p, q in zip(scales(two), scales(one)))) < 0.01, x))
     check("compiled, captured beside eager: gaps", lambda: (max(g := (gap((x := losses(agent(True), 8))[:3], eager), gap(x[3:], eager[3:]))) < 5e-3, g))
 def production():  # as in a run: compiled, captured, sampled
     g, start, b = agent(True), time.time(), d.to_device(arrays(0), cuda); state = lambda: [*g.model.state_dict().values(), *g.optimizer.state]
@@ -59,7 +61,8 @@ def production():  # as in a run: compiled, captured, sampled
 exact() if dtype == torch.float32 else production()
 PYTHON
 stage env 60 $PY -c 'import torch, triton, dreamer_v3 as d; print(torch.__version__, triton.__version__, torch.cuda.get_device_name()); torch.compile(torch.sin)(torch.zeros(8, device="cuda")); print("torch.compile works")'
-stage exact 220 $PY "$T/check.py" vector float32; stage vector 220 $PY "$T/check.py" vector bfloat16; stage image 280 $PY "$T/check.py" image bfloat16
+stage exact 220 $PY "$T/check.py" vector float32; stage exact_image 300 $PY "$T/check.py" image float32
+stage vector 220 $PY "$T/check.py" vector bfloat16; stage image 280 $PY "$T/check.py" image bfloat16
 stage bench_vector 150 $PY "${bench[@]}" --env-id CartPole-v1 --size 1m; stage bench_image 170 $PY "${bench[@]}" --env-id ALE/MsPacman-v5
 stage run 200 bash -c 'r="--run-dir $T/runs --env-id CartPole-v1 --size 1m --num-envs 4 --train-ratio 512 --eval-every 1500 --eval-episodes 8 --report-every 1500 --save-every 500"; $PY dreamer_v3.py $r --total-timesteps 2500 | tail -6
   again="timeout -s KILL 30 $PY dreamer_v3.py --resume $(echo $T/runs/*) --total-timesteps 900000"; $again | tail -2; ${again/KILL/INT} | tail -3; tail -n 1 $T/runs/*/metrics.jsonl'
