@@ -1049,7 +1049,8 @@ class Agent:
         self.args, self.spaces, self.device = args, spaces, torch.device(device)
         self.gpus = [self.device] if self.device.type == "cuda" else []
         if self.gpus:
-            torch.cuda.set_device(self.device.index or 0)  # graphs are captured on this one
+            if self.device.index is not None:
+                torch.cuda.set_device(self.device)  # graphs are captured on this one
             torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         self.model = Dreamer(args, spaces).to(self.device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -1907,7 +1908,7 @@ def choose_device(args):
     if gpu:
         if LOCAL_RANK >= torch.cuda.device_count():
             raise UserError("more processes than GPUs: lower --nproc-per-node, or use --no-cuda")
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     auto = "bfloat16" if fast else "float32"
@@ -2059,8 +2060,7 @@ def main(args, stop=()):
             if logger:
                 logger.show(f"saved {saved} at step {trainer.step:,}")
         finally:
-            for function in (agent.act, agent.train_step):  # NCCL ends after the last of its graphs
-                getattr(function, "graphs", {}).clear()
+            getattr(agent.train_step, "graphs", {}).clear()  # NCCL ends after the last of them
             trainer.envs.close()
             if logger:
                 logger.close()
@@ -2125,7 +2125,7 @@ def cli():
     except RuntimeError as error:
         if stop:  # Ctrl-C ends a C++ compiler, too
             fail(f"stopped: {first_line(error)}", 128 + stop[0])
-        if re.search("out of memory|allocate memory", str(error)):
+        if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             fail(f"{first_line(error)}; lower --batch-size or --size")
         if not re.search("gloo|NCCL", str(error)):
             raise

@@ -2331,17 +2331,25 @@ def test_graphs_end_before_their_communicator(tmp_path, monkeypatch):
 
 def test_gpu_of_an_agent(monkeypatch):
     """Group I: graphs are captured on the agent's GPU; there is one for each process."""
-    chosen = []
+
+    class Reached(Exception):
+        pass
+
+    chosen, dreamer = [], lambda *args: (_ for _ in ()).throw(Reached)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for device in ("cuda", "cuda:1"):
-        with pytest.raises((AssertionError, RuntimeError)):  # there is no GPU to go on with
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(dreamer_v3, "Dreamer", dreamer)  # what comes after it needs a GPU
+    for device in ("cuda", "cuda:1"):  # the first is that of the program, whatever it is
+        with pytest.raises(Reached):
             Agent(tiny(), VECTOR, device)
-    assert chosen == [0, 1]
+    assert chosen == [torch.device("cuda:1")] and not torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(dreamer_v3, "LOCAL_RANK", 1)
-    assert dreamer_v3.choose_device(Args()) == (torch.device("cuda:1"), torch.bfloat16)
+    capability = {"cuda:0": (7, 5), "cuda:1": (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda x: capability[str(x)])
+    for rank, dtype in enumerate((torch.float32, torch.bfloat16)):
+        monkeypatch.setattr(dreamer_v3, "LOCAL_RANK", rank)
+        assert dreamer_v3.choose_device(Args()) == (torch.device(f"cuda:{rank}"), dtype)
     monkeypatch.setattr(dreamer_v3, "LOCAL_RANK", 2)
     with pytest.raises(UserError, match="more processes than GPUs"):
         dreamer_v3.choose_device(Args())
@@ -2349,19 +2357,18 @@ def test_gpu_of_an_agent(monkeypatch):
 
 def test_deterministic_kernels(tmp_path, monkeypatch):
     """Group I: --torch-deterministic asks for them, and gives cuBLAS the memory that they need."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # to be as it was after the test
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    for wanted in (True, False):
-        dreamer_v3.main(
-            tiny(
-                env_id="TestCounting-v0",
-                run_dir=str(tmp_path / str(wanted)),
-                torch_deterministic=wanted,
-                total_timesteps=4,
-            )
-        )
-        assert torch.are_deterministic_algorithms_enabled() == wanted
-        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    args = tiny(env_id="TestCounting-v0", total_timesteps=4)
+    try:
+        for wanted in (False, True):
+            folder = str(tmp_path / str(wanted))
+            dreamer_v3.main(replace(args, run_dir=folder, torch_deterministic=wanted))
+            assert torch.are_deterministic_algorithms_enabled() == wanted
+            memory = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+            assert memory == (":4096:8" if wanted else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ---- J. Runs that survive ------------------------------------------------------------------------
