@@ -676,11 +676,14 @@ def family():
     for axis, task in zip(axes[0], tasks, strict=True):
         for method, (label, color) in FAMILY.items():
             same = [run for run in runs if (run["task"], run["method"]) == (task, method)]
-            points = [
-                [{"x": x * run["steps"] / run["frames"], "y": y} for x, y, *_ in run["evaluations"]]
-                for run in same
-            ]
-            band(axis, points, "x", "y", label=label, color=color)
+            groups = sorted(by_command(same).values(), key=len, reverse=True)
+            for i, group in enumerate(groups):
+                points = [
+                    [{"x": x * r["steps"] / r["frames"], "y": y} for x, y, *_ in r["evaluations"]]
+                    for r in group
+                ]
+                line = "--" if i else "-"  # dashed: other settings
+                band(axis, points, "x", "y", label=label, color=color, ls=line)
         marks(axis, chance[plain(task)])
         axis.set_title(TITLES[task])
         axis.set_xlabel("agent steps")
