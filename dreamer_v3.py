@@ -1026,7 +1026,7 @@ class CudaGraph:
     def record(self, key, inputs):
         """Capture the function for inputs like these. Raises UserError if that fails.
 
-        A run cannot go on after that: torch's random generator may count as captured for ever.
+        A run cannot go on after that: before torch 2.13, random draws then raise errors.
         """
         static, graph = tree_map_only(torch.Tensor, torch.clone, inputs), torch.cuda.CUDAGraph()
         try:
