@@ -1910,7 +1910,10 @@ def choose_device(args):
             raise UserError("more processes than GPUs: lower --nproc-per-node, or use --no-cuda")
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        # (Without AMX, Intel's instructions for bfloat16 are slower than those for float32.)
+        cpu = torch.cpu.get_capabilities()
+        intel = "Intel" in cpu.get("cpu_name", "")
+        fast = cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and not intel)
     auto = "bfloat16" if fast else "float32"
     return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
 

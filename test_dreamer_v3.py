@@ -2360,6 +2360,26 @@ def test_gpu_of_an_agent(monkeypatch):
         dreamer_v3.choose_device(Args())
 
 
+@pytest.mark.parametrize(
+    ("cpu", "dtype"),
+    [
+        ({"avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon", "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon", "amx_bf16": True}, torch.bfloat16),
+        ({"neon": True}, torch.float32),
+    ],
+)
+def test_dtype_of_a_cpu(cpu, dtype, monkeypatch):
+    """Group I: on a CPU, auto is bfloat16 where its products are faster than those of float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    device = torch.device("cpu")
+    assert dreamer_v3.choose_device(Args(cuda=False)) == (device, dtype)
+    for name in ("float32", "bfloat16"):  # asked for, whatever the CPU has
+        chosen = dreamer_v3.choose_device(Args(cuda=False, dtype=name))
+        assert chosen == (device, getattr(torch, name))
+
+
 def test_deterministic_kernels(tmp_path, monkeypatch):
     """Group I: --torch-deterministic asks for them, and gives cuBLAS the memory that they need."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # to be as it was after the test
