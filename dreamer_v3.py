@@ -363,6 +363,19 @@ def linear_layer(in_dim, out_dim, outscale=1.0):
     return init_(nn.Linear(in_dim, out_dim), in_dim, outscale)
 
 
+class TwoHotLinear(nn.Linear):
+    """Last layer of reward and critic: (..., in) -> (..., V). Its bias belongs to an input of 1.
+
+    The gradient of the bias is then part of a matrix product, which adds up the batch in the same
+    order for all bins. A plain sum, on a CPU, has another order for the last ones. Mirrored bins,
+    which learn the same at first, would soon differ by a rounding, and bins of 5e8 magnify it. [D1]
+    """
+
+    def forward(self, x):
+        weight = torch.cat([self.weight, self.bias.unsqueeze(-1)], -1)
+        return F.linear(F.pad(x, (0, 1), value=1.0), weight)
+
+
 class BlockLinear(nn.Module):
     """Linear with a block-diagonal matrix: each of G groups of inputs feeds its group of outputs.
 
@@ -456,10 +469,10 @@ def dense_layer(in_dim, out_dim):
     return nn.Sequential(linear_layer(in_dim, out_dim), NormSiLU(out_dim))
 
 
-def mlp(in_dim, units, layers, out_dim=None, outscale=1.0):
-    """`layers` dense layers of width `units`, and a linear one to `out_dim`, if given. [D2]"""
+def mlp(in_dim, units, layers, out_dim=None):
+    """`layers` dense layers of width `units`, and a linear one to `out_dim`, if given."""
     net = [dense_layer(in_dim if i == 0 else units, units) for i in range(layers)]
-    return nn.Sequential(*net, *([linear_layer(units, out_dim, outscale)] if out_dim else []))
+    return nn.Sequential(*net, *([linear_layer(units, out_dim)] if out_dim else []))
 
 
 # ---- 5. Encoder and decoder (paper: World model learning) ----------------------------------------
@@ -764,10 +777,11 @@ class Dreamer(nn.Module):
         sizes = deter, hidden, args.stoch, classes, args.blocks
         self.rssm = RSSM(spaces.action_width, self.encoder.embed_dim, *sizes, args.unimix)
         self.decoder = Decoder(spaces, deter, stoch, depth, units)
-        self.reward = mlp(deter + stoch, units, 1, len(bins), outscale=0.0)  # (Eq. 1)
+        twohot_out = lambda: init_(TwoHotLinear(units, len(bins)), units, outscale=0.0)  # [D2]
+        self.reward = mlp(deter + stoch, units, 1).append(twohot_out())  # (Eq. 1)
         self.cont = mlp(deter + stoch, units, 1, 1)  # (Eq. 1)
         self.actor = Actor(deter + stoch, units, spaces, args.actor_unimix)
-        self.critic = mlp(deter + stoch, units, 3, len(bins), outscale=0.0)  # v(s) (Eq. 4)
+        self.critic = mlp(deter + stoch, units, 3).append(twohot_out())  # v(s) (Eq. 4)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
