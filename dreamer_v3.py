@@ -42,13 +42,11 @@ import io
 import json
 import math
 import multiprocessing
-import operator
 import os
 import re
 import shlex
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -117,7 +115,7 @@ class Args:
     resume: str | None = None  # Go on with this run (its folder or checkpoint.pt), with its flags.
 
     env_id: str = "ALE/MsPacman-v5"  # Gymnasium id; `module:Name-v0` if a module registers it.
-    # Its options as JSON: '{"frameskip": 8}', in the command line of Windows "{\"frameskip\": 8}".
+    # Arguments of the environment as JSON: '{"frameskip": 8}' (Windows: "{\"frameskip\": 8}").
     env_kwargs: str = "{}"
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives.
     action_repeat: int = 1  # Environment frames per agent step; Atari has its own frameskip.
@@ -163,7 +161,7 @@ class Args:
 
     learning_rate: float = 4e-5  # Learning rate of all networks.
     warmup_updates: int = 1_000  # Updates in which the learning rate rises linearly from 0.
-    agc_clip: float = 0.3  # Largest norm of a gradient, relative to its tensor's; 0: no clipping.
+    agc_clip: float = 0.3  # Largest norm of a tensor's gradient, as a share of its own; 0: any.
     beta1: float = 0.9  # Decay of LaProp's momentum.
     beta2: float = 0.999  # Decay of LaProp's mean of squared gradients.
     laprop_eps: float = 1e-20  # Added to the root of the mean of squared gradients.
@@ -252,9 +250,9 @@ def one_hot(index, classes):
 
 
 def draw(random, shape, device):
-    """Random numbers of a shape. Each process draws those of all, and takes its own part.
+    """This process's random numbers, of a shape. Each draws those of all, and takes its own.
 
-    So all of them keep the same generator, and N processes together draw what one would.
+    So all processes keep the same generator, and N of them together draw what one would.
     """
     return random(WORLD_SIZE, *shape, device=device)[RANK]
 
@@ -380,7 +378,7 @@ class BlockLinear(nn.Module):
     """Linear with a block-diagonal matrix: each of G groups of inputs feeds its group of outputs.
 
     (..., in) -> (..., out); the weight is (G, in/G, out/G). Its initial variance is 1/in as in the
-    reference, not G/in: every block starts sqrt(G) smaller than a linear layer of its size. [D3]
+    reference, not G/in: sqrt(G) smaller weights than in a linear layer of a block's size. [D3]
     """
 
     def __init__(self, in_dim, out_dim, blocks):
@@ -428,9 +426,10 @@ class MaxPool(torch.autograd.Function):
         return torch.where(x == same(y), same(grad / ties), 0).flatten(3, 4).flatten(1, 2)
 
 
-# Upsampling by 2 repeats pixels: the 5x5 weights of the convolution after it meet only 3x3 of them.
-# The outputs of each phase (even or odd row and column) have a 3x3 kernel of their own. Along an
-# axis, PHASES[p, a, k] is 1 where weight k of an output of phase p meets pixel a.
+# Upsampling by 2 repeats pixels: a 5x5 kernel after it covers only 3x3 different ones. Which of
+# its weights share a pixel depends on the phase of the output (even or odd row and column), so each
+# phase has a 3x3 kernel. Along an axis, PHASES[p, a, k] is 1 where weight k, at phase p, meets
+# pixel a.
 PHASES = torch.tensor(
     [[[float((p + k) // 2 == a) for k in range(5)] for a in range(3)] for p in range(2)]
 )
@@ -600,9 +599,8 @@ class StepLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x = torch.stack(ctx.inputs)
-        equation = "tbi,tbo->io" if x.dim() == 3 else "tgbi,tgbo->gio"
-        return torch.einsum(equation, x, grad.to(x.dtype)), grad, None
+        x = torch.stack(ctx.inputs)  # (T, B, in), or (T, G, B, in) of blocks
+        return torch.einsum("t...bi,t...bo->...io", x, grad.to(x.dtype)), grad, None
 
 
 class RSSM(nn.Module):
@@ -686,13 +684,14 @@ class RSSM(nn.Module):
         """z from the logits (..., S, K) of p or q, and random numbers (..., S): (..., S, K)."""
         return sample_one_hot(mixed_probs(logits, self.unimix), noise)
 
-    def observe_step(self, deter, stoch, keep, noise, action_embed, addends, weights):
+    def observe_step(self, deter, stoch, keep, noise, action_embed, layers):
         """One step of `observe`: new deter and stoch, the logits, the inputs of the products."""
         inputs = {}
 
         def linear(name, x):
+            weight, addend = layers[name]
             inputs[name] = rounded(x)
-            return inputs[name] @ weights[name] + addends[name]
+            return inputs[name] @ weight + addend
 
         deter = self.sequence_model(deter * keep, stoch * keep[..., None], action_embed, linear)
         x = self.posterior_in[1](linear("posterior_in", deter))
@@ -716,15 +715,16 @@ class RSSM(nn.Module):
         noise = draw(self.random, (batch, length, self.stoch_shape[0]), embed.device)
         layer = self.posterior_in[0]
         from_embed = F.linear(embed.transpose(0, 1), layer.weight[:, self.deter_dim :], layer.bias)
-        addends, weights, inputs = {}, {}, {}
+        layers, inputs = {}, {}
         for name, (weight, bias) in self.layers().items():
-            inputs[name], weights[name] = [], weight.detach()  # the loop below fills the list
+            inputs[name] = []  # the loop below fills it
             bias = from_embed if bias is None else bias.expand(length, *bias.shape[:-2], batch, -1)
-            addends[name] = StepLinear.apply(weight, bias, inputs[name]).unbind(0)
+            addends = StepLinear.apply(weight, bias, inputs[name]).unbind(0)
+            layers[name] = weight.detach(), addends
         states, steps = [], zip(keep, noise.transpose(0, 1), action_embed, strict=True)
         for t, step in enumerate(steps):
-            now = {name: addend[t] for name, addend in addends.items()}
-            *state, inputs_t = self.observe_step(deter, stoch, *step, now, weights)
+            now = {name: (weight, addends[t]) for name, (weight, addends) in layers.items()}
+            *state, inputs_t = self.observe_step(deter, stoch, *step, now)
             deter, stoch, _ = state
             states.append(state)
             for name, x in inputs_t.items():
@@ -904,8 +904,8 @@ def actor_critic_loss(model, feat, action, args):
         return_scale = (high - low).clamp(min=1)
         advantage = (returns - value[:, :-1]) / return_scale
 
-    # REINFORCE (Eq. 6). The weight is the predicted, discounted probability that no state up to
-    # this one, itself included, ends the episode. [D16]
+    # REINFORCE (Eq. 6). The weight is the predicted, discounted probability that the episode goes
+    # on after this state. [D16]
     policy = model.actor(feat[:, :-1])
     entropy = policy.entropy()  # (N, H)
     log_prob = policy.log_prob(action[:, :-1])
@@ -1192,9 +1192,10 @@ class Replay:
 
     Sequences cross episodes: the RSSM resets at is_first. An entry is one step of all environments:
     arrays are (length, num_envs, ...). They are one file mapped into memory: what was written
-    survives the process, and a checkpoint need not copy it. Goes on from the file as it was after
-    `steps` of each stream. Of several processes, each keeps its own streams, and samples its part
-    of a batch from them. Raises UserError if it is damaged, or there is no room.
+    survives the process, and a checkpoint need not copy it. To resume, pass a checkpoint's `steps`
+    and `online`: what was written after them is dropped. Of several processes, each keeps its own
+    streams, and samples its part of a batch from them. Raises UserError if the file is damaged, or
+    there is no room.
     """
 
     def __init__(self, path, length, spaces, rssm, args, steps=0, online=0):
@@ -1213,14 +1214,13 @@ class Replay:
         fields = [(name, kind, (self.num_envs, *shape)) for name, kind, shape in fields]
         entry = np.dtype([("step", np.int64), *fields], align=True)
         self.steps = steps  # written to each stream so far; step i is at i % length
-        self.online = online  # windows of new steps that are done with, over all streams
+        self.online = online  # windows of the online queue sampled or skipped, over all streams
         before, size = path.stat().st_size if path.exists() else 0, length * entry.itemsize
         if before < min(steps, length) * entry.itemsize:
             raise UserError(f"the replay {path} is missing or too short")
         try:
-            # (Not "ab": where the file system cannot, fallocate writes, and must know where.)
+            # Not "ab": where a file system lacks fallocate, the C library fails in append mode.
             with open(path, "r+b" if path.exists() else "wb") as file:
-                file.truncate(max(before, size))
                 if hasattr(os, "posix_fallocate"):  # elsewhere, a full disk is met later
                     os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
@@ -1229,8 +1229,8 @@ class Replay:
             text = f"no {size / 1e9:.2f} GB for the replay: {error.strerror}"
             raise UserError(f"{text}; lower --buffer-size?") from error
         self.data = np.memmap(path, entry, "r+", shape=(length,))
-        # Steps of the file from after a checkpoint are dropped: the run writes them anew. Where
-        # they had overwritten the oldest steps of the ring, those are lost, and must not be read.
+        # Steps written after the checkpoint are dropped: the run writes them again. In a full ring
+        # they have overwritten the oldest steps, which are lost, and must not be read.
         # (Latent states from lost updates stay: stored ones always come from some older network.)
         wanted = np.arange(max(0, steps - length), steps)
         found = self.data["step"][wanted % length]
@@ -1298,7 +1298,7 @@ tell = functools.cache(print)  # says the same thing once
 
 
 def leave_signals(env):
-    """In a process of --async-envs: ignore Ctrl-C, which the main one answers; end at SIGTERM."""
+    """In a process of --async-envs: ignore Ctrl-C, as the main one handles it; end at SIGTERM."""
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1324,8 +1324,8 @@ def make_envs(args, num_envs, video=None):
         record = dict(video_folder=str(video), episode_trigger=lambda episode: True)
         wrappers.append(lambda env: gym.wrappers.RecordVideo(env, **record))
     elif atari:
-        # The C++ environment takes the maximum over two frames and resizes (that of a video does
-        # not). Rewards and lives stay as the game has them.
+        # The C++ environment takes the maximum over two frames and resizes (the plain one, of
+        # videos, does not). Rewards are not clipped; a lost life does not end an episode.
         defaults = dict(img_height=IMAGE_SIZE, img_width=IMAGE_SIZE, grayscale=False, stack_num=1)
         defaults |= dict(use_fire_reset=False, reward_clipping=False, episodic_life=False)
         kwargs = defaults | kwargs
@@ -1401,7 +1401,7 @@ def encode(space, value, name="obs"):
     if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
         items = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
         parts = [encode(inner, value[key], f"{name}/{key}") for key, inner in items]
-        return sorted(sum(parts, []), key=operator.itemgetter(0))
+        return sorted(sum(parts, []), key=lambda part: part[0])
     is_box, classes = isinstance(space, gym.spaces.Box), discrete_classes(space)
     if not (is_box or classes) and isinstance(space.sample(), str):
         tell(f"{name} is text, which is left out")
@@ -1416,8 +1416,8 @@ def encode(space, value, name="obs"):
 class Environments:
     """A vector environment in the agent's terms: observations by name, action vectors.
 
-    `spaces` describes them to the networks. `entry` is the present column of the table at the head
-    of this file, but for the action. Raises UserError for whatever the environments do wrong.
+    `spaces` describes them to the networks. `entry` is the newest column of the table at the head
+    of this file, without the action. Raises UserError for whatever the environments do wrong.
     """
 
     longest_episode = 100_000  # agent steps after which an episode is reported as it stands
@@ -1501,7 +1501,7 @@ class Environments:
         return (np.rint(action) if space.dtype.kind in "iu" else action).astype(space.dtype)
 
     def close(self):
-        """End the environments; those that have died already cannot say so.
+        """End the environments. Errors of processes that have died are ignored.
 
         Raises UserError if the video, which is written now, cannot be.
         """
@@ -1678,7 +1678,7 @@ def evaluate(agent, args, episodes, video=None, stop=()):
     short episodes. Ends at once, with fewer, when something is put into the list `stop`.
     """
     num_envs = 1 if video else min(episodes, 8)
-    remaining = np.array([len(range(i, episodes, num_envs)) for i in range(num_envs)])
+    remaining = np.bincount(np.arange(episodes) % num_envs)
     envs, returns = Environments(args, num_envs, args.seed + 10_000, video), []
     with contextlib.closing(envs), torch.random.fork_rng(agent.gpus):  # the run's stay as they are
         envs.reset()
@@ -1705,8 +1705,8 @@ class Player:
         player = Player("runs/RUN")  # or a checkpoint.pt
         action = player(observation, first=True)  # `first` where an episode begins
 
-    It remembers what it has seen: take one Player for one stream. changes: other Args than the
-    run's. Raises UserError as `load_checkpoint`.
+    It keeps the recurrent state: take one Player for each environment, or batch of them. changes:
+    Args in place of the run's. Raises UserError as `load_checkpoint`.
     """
 
     def __init__(self, path, greedy=True, device="cpu", **changes):
@@ -1810,9 +1810,9 @@ def png(image):
     """The bytes of a PNG file of an image (h, w, 3) uint8."""
     h, w, _ = image.shape
     rows = np.insert(image.reshape(h, -1), 0, 0, 1)  # each row begins with 0: no filter
-    header = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)  # 8 bits each of red, green and blue
+    number = lambda x: x.to_bytes(4, "big")
+    header = number(w) + number(h) + bytes([8, 2, 0, 0, 0])  # 8 bits each of red, green and blue
     chunks = b"IHDR" + header, b"IDAT" + zlib.compress(rows.tobytes()), b"IEND"
-    number = lambda x: struct.pack(">I", x)
     chunks = (number(len(chunk) - 4) + chunk + number(zlib.crc32(chunk)) for chunk in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -1861,7 +1861,7 @@ def load_checkpoint(path):
         with warnings.catch_warnings(action="ignore"):  # torch warns of foreign pickles
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = "agent replay processes size seconds random random_cuda".split()
-        operator.itemgetter(*needed, *Trainer.counters)(checkpoint)  # raises KeyError
+        [checkpoint[name] for name in (*needed, *Trainer.counters)]  # raises KeyError
         return checkpoint | {"args": Args(**checkpoint["args"]), "folder": path.resolve().parent}
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
@@ -1999,13 +1999,13 @@ def open_run(args, device, dtype):
     return folder, trainer, logger
 
 
-def is_due(every, step, num_envs):
-    """Whether the last `num_envs` agent steps passed a multiple of `every`; never if that is 0."""
-    return every and step and step % every < num_envs
+def is_due(every, before, step):
+    """Whether a multiple of `every` lies after `before`, up to `step`; never if `every` is 0."""
+    return every and step // every > before // every
 
 
 def exchange(episodes, stop):
-    """Episodes that ended in all processes, and whether one of them is to stop; waits for all."""
+    """All processes' ended episodes, and whether any is to stop. Waits for all of them."""
     everyone = [(episodes, list(stop))] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(everyone, everyone[0])
@@ -2032,12 +2032,11 @@ def main(args, stop=()):
         return evaluate_checkpoint(args, device, stop)
     folder, trainer, logger = open_run(args, device, dtype)
     agent, step, n, returns = trainer.agent, trainer.step, args.num_envs, None
-    stopped, saved = False, folder / "checkpoint.pt"
+    before, stopped, saved = step, False, folder / "checkpoint.pt"  # before: the step before `step`
     try:
         while not stopped:
             finished = step >= args.total_timesteps
-            every = 1 if finished else args.eval_every
-            due = every and step // every > trainer.evaluated // every
+            due = is_due(1 if finished else args.eval_every, trainer.evaluated, step)
             if logger and args.eval_episodes and due:
                 returns = evaluate(agent, args, args.eval_episodes, stop=stop)
                 if not stop:  # otherwise a resumed run makes up for it
@@ -2047,13 +2046,13 @@ def main(args, stop=()):
                     logger.show(f"step {step:,}  evaluation: {summary(returns)}")
                 if args.capture_video and not stop:
                     evaluate(agent, args, 1, folder / f"videos/step_{step}", stop)
-            if is_due(args.save_every, step, n):  # last, to keep the lines logged above
+            if is_due(args.save_every, before, step):  # last, to keep the lines logged above
                 save_checkpoint(saved, trainer, logger)
             if finished:
                 break
 
             episodes, stopped = exchange(trainer.collect_and_train(), stop)
-            step = trainer.step
+            before, step = step, trainer.step
             if not logger:
                 continue
             for _, episode_return, length in episodes:
@@ -2061,11 +2060,11 @@ def main(args, stop=()):
                 metrics = {"charts/episodic_return": episode_return}
                 logger.write(step, metrics | {"charts/episodic_length": length})
             logger.status(step, trainer.updates)
-            if trainer.updates and is_due(args.log_every, step, n):
+            if trainer.updates and is_due(args.log_every, before, step):
                 speed = {"charts/SPS": logger.rates[0], "charts/UPS": logger.rates[1]}
                 logger.write(step, trainer.metrics | speed | {"charts/updates": trainer.updates})
             final = args.report_every and step >= args.total_timesteps
-            if trainer.batch and (final or is_due(args.report_every, step, n)):
+            if trainer.batch and (final or is_due(args.report_every, before, step)):
                 metrics, picture = report(trainer, folder / f"dreams/step_{step}.png")
                 logger.write(step, metrics, picture)
     finally:
