@@ -356,9 +356,9 @@ def init_(layer, inputs, outscale=1.0):
     return layer
 
 
-def linear_layer(in_dim, out_dim, outscale=1.0):
+def linear_layer(in_dim, out_dim, outscale=1.0, kind=nn.Linear):
     """Linear layer: (..., in) -> (..., out)."""
-    return init_(nn.Linear(in_dim, out_dim), in_dim, outscale)
+    return init_(kind(in_dim, out_dim), in_dim, outscale)
 
 
 class TwoHotLinear(nn.Linear):
@@ -468,10 +468,10 @@ def dense_layer(in_dim, out_dim):
     return nn.Sequential(linear_layer(in_dim, out_dim), NormSiLU(out_dim))
 
 
-def mlp(in_dim, units, layers, out_dim=None):
-    """`layers` dense layers of width `units`, and a linear one to `out_dim`, if given."""
+def mlp(in_dim, units, layers, *out):
+    """`layers` dense layers of width `units`, and `linear_layer(units, *out)` if `out` is given."""
     net = [dense_layer(in_dim if i == 0 else units, units) for i in range(layers)]
-    return nn.Sequential(*net, *([linear_layer(units, out_dim)] if out_dim else []))
+    return nn.Sequential(*net, *([linear_layer(units, *out)] if out else []))
 
 
 # ---- 5. Encoder and decoder (paper: World model learning) ----------------------------------------
@@ -777,11 +777,11 @@ class Dreamer(nn.Module):
         sizes = deter, hidden, args.stoch, classes, args.blocks
         self.rssm = RSSM(spaces.action_width, self.encoder.embed_dim, *sizes, args.unimix)
         self.decoder = Decoder(spaces, deter, stoch, depth, units)
-        twohot_out = lambda: init_(TwoHotLinear(units, len(bins)), units, outscale=0.0)  # [D2]
-        self.reward = mlp(deter + stoch, units, 1).append(twohot_out())  # (Eq. 1)
+        twohot = len(bins), 0.0, TwoHotLinear  # width, scale [D2] and kind of the output layer
+        self.reward = mlp(deter + stoch, units, 1, *twohot)  # (Eq. 1)
         self.cont = mlp(deter + stoch, units, 1, 1)  # (Eq. 1)
         self.actor = Actor(deter + stoch, units, spaces, args.actor_unimix)
-        self.critic = mlp(deter + stoch, units, 3).append(twohot_out())  # v(s) (Eq. 4)
+        self.critic = mlp(deter + stoch, units, 3, *twohot)  # v(s) (Eq. 4)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile

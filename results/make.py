@@ -50,6 +50,7 @@ RANDOM = {  # the flags that set the environment of each task
     "dmc_cartpole_balance": DMC + "cartpole-balance-v0",
     "dmc_cartpole_swingup": DMC + "cartpole-swingup-v0",
     "dmc_walker_walk": DMC + "walker-walk-v0",
+    "dmc_cartpole_swingup_no_repeat": "--env-id shimmy:dm_control/cartpole-swingup-v0",
 }
 VARIANTS = "dreamer_v1", "dreamer_v2"  # in variants/
 BIN = 10_000  # frames; the authors' curves of control tasks are averages over so many
@@ -341,7 +342,7 @@ def table_authors():
             rows.append(
                 f"| {task} | {BIN * last:,} - {BIN * (last + 1):,} | {mean} ({low} - {high}), "
                 f"{curve['seeds']} seeds | {' / '.join(f'{x[last]:.4g}' for x in ours)} "
-                f"| {' / '.join(greedy)} | {chance[task]['mean']:.4g} "
+                f"| {' / '.join(greedy)} | {at_random(chance, task, runs[0], '.4g')} "
                 f"| {runs[0]['updates']:,} | {minutes(runs)} "
                 f"| {', '.join(sorted({run['commit'] for run in runs}))} "
                 f"| {numbers(tasks)[command]}{stopped(runs)} |"
@@ -349,11 +350,13 @@ def table_authors():
     return rows
 
 
-def at_random(chance, task, run):
+def at_random(chance, task, run, form=".0f"):
     """Mean return of a random policy with the action repeat of the run; empty if not measured."""
-    repeat = int((re.findall(r"--action-repeat (\d+)", run["command"]) or [1])[0])
-    policy = chance[plain(task)]
-    return f"{policy['mean']:.0f}" if repeat == policy["action_repeat"] else ""
+    flags = dict(re.findall(r"--(preset|action-repeat) (\w+)", run["command"]))
+    repeat = dreamer_v3.PRESETS.get(flags.get("preset"), {}).get("action_repeat", 1)
+    same = {"env_id": chance[plain(task)]["env_id"]}
+    same["action_repeat"] = int(flags.get("action-repeat", repeat))
+    return next((format(x["mean"], form) for x in chance.values() if same.items() <= x.items()), "")
 
 
 def fifths(curve, end):

@@ -162,8 +162,7 @@ class Dreamer(v3.Dreamer):
         self.decoder = v3.Decoder(spaces, deter, stoch, depth, units)
         self.decoder.to_pixels = lambda x: x + 0.5  # unbounded: the mean of a normal
         for name, layers in self.heads.items():  # whose first weights are as V3's
-            out = v3.linear_layer(units, 1, outscale=float(name == "cont"))
-            setattr(self, name, v3.mlp(deter + stoch, units, layers).append(out))
+            setattr(self, name, v3.mlp(deter + stoch, units, layers, 1, float(name == "cont")))
         self.actor = v3.Actor(deter + stoch, units, spaces, unimix=0.0)
         self.actor.mlp = v3.mlp(deter + stoch, units, 4)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)  # the target critic
