@@ -639,8 +639,9 @@ def side_by_side():
     rows = ("xs", "agent steps"), ("minutes", "minutes of one core")
     fig, axes = plt.subplots(2, len(tasks), figsize=(0.4 + 2.6 * len(tasks), 5.4), squeeze=False)
     for (i, task), (row, (x, unit)) in itertools.product(enumerate(tasks), enumerate(rows)):
-        axis, same = axes[row, i], [curve for curve in curves if curve["task"] == task]
-        if not all(x in curve for curve in same):
+        axis = axes[row, i]
+        same = [curve for curve in curves if curve["task"] == task and x in curve]
+        if not same:
             axis.axis("off")
             axis.text(0.5, 0.5, "minutes not recorded", ha="center", color="0.4")
             continue

@@ -225,6 +225,19 @@ def test_random_returns(tmp_path, monkeypatch):
     assert -1400 < result["pendulum"]["mean"] < -1050 and result["pendulum"]["solved"] is None
 
 
+def test_random_beside_a_run(monkeypatch):
+    """A run stands beside uniform actions of its own action repeat, also if a preset sets that."""
+    make = load_module(HERE / "results/make.py", monkeypatch)
+    policy = dict(env_id="E-v0", mean=5.0)
+    chance = {"e": policy | {"action_repeat": 2}, "e_other": policy | {"action_repeat": 1}}
+    chance["e_other"]["mean"] = 3.0
+    flags = {"--preset dmc_proprio": "5", "--action-repeat 2": "5", "--size 1m": "3"}
+    flags |= {"--preset cpu": "3", "--preset dmc_proprio --action-repeat 1": "3"}
+    flags["--action-repeat 4"] = ""
+    for command, shown in flags.items():
+        assert make.at_random(chance, "e", {"command": f"python x.py {command}"}) == shown
+
+
 def test_watch(tmp_path):
     """CPU seconds of a process, beside the last whole line of its log."""
     log, out = tmp_path / "log.jsonl", tmp_path / "cpu.jsonl"
