@@ -362,16 +362,15 @@ def linear_layer(in_dim, out_dim, outscale=1.0, kind=nn.Linear):
 
 
 class TwoHotLinear(nn.Linear):
-    """Last layer of reward and critic: (..., in) -> (..., V). Its bias belongs to an input of 1.
+    """Last layer of reward and critic: (..., in) -> (..., V), V odd. It drops one output more.
 
-    The gradient of the bias is then part of a matrix product, which adds up the batch in the same
-    order for all bins. A plain sum, on a CPU, has another order for the last ones. Mirrored bins,
-    which learn the same at first, would soon differ by a rounding, and bins of 5e8 magnify it. [D1]
+    Libraries add up a batch in another order in columns that do not fill a vector register. With an
+    odd number of them, mirrored bins, which learn the same at first, would soon differ by a
+    rounding, and bins of 5e8 magnify it. [D1]
     """
 
     def forward(self, x):
-        weight = torch.cat([self.weight, self.bias.unsqueeze(-1)], -1)
-        return F.linear(F.pad(x, (0, 1), value=1.0), weight)
+        return F.linear(x, F.pad(self.weight, (0, 0, 0, 1)), F.pad(self.bias, (0, 1)))[..., :-1]
 
 
 class BlockLinear(nn.Module):
@@ -685,7 +684,10 @@ class RSSM(nn.Module):
         return sample_one_hot(mixed_probs(logits, self.unimix), noise)
 
     def observe_step(self, deter, stoch, keep, noise, action_embed, layers):
-        """One step of `observe`: new deter and stoch, the logits, the inputs of the products."""
+        """One step of `observe`: new deter and stoch, the logits, the inputs of the products.
+
+        layers: name -> (weight, what is added to the product at this step).
+        """
         inputs = {}
 
         def linear(name, x):
@@ -1223,12 +1225,12 @@ class Replay:
             with open(path, "r+b" if path.exists() else "wb") as file:
                 if hasattr(os, "posix_fallocate"):  # elsewhere, a full disk is met later
                     os.posix_fallocate(file.fileno(), 0, size)
+            self.data = np.memmap(path, entry, "r+", shape=(length,))
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(path, before)  # gives the room back
             text = f"no {size / 1e9:.2f} GB for the replay: {error.strerror}"
             raise UserError(f"{text}; lower --buffer-size?") from error
-        self.data = np.memmap(path, entry, "r+", shape=(length,))
         # Steps written after the checkpoint are dropped: the run writes them again. In a full ring
         # they have overwritten the oldest steps, which are lost, and must not be read.
         # (Latent states from lost updates stay: stored ones always come from some older network.)
@@ -1924,10 +1926,10 @@ def choose_device(args):
             raise UserError("more processes than GPUs: lower --nproc-per-node, or use --no-cuda")
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        # (Without AMX, Intel's instructions for bfloat16 are slower than those for float32.)
+        # (An Intel processor with avx512_bf16 but without AMX was slower in bfloat16: docs/speed.md)
         cpu = torch.cpu.get_capabilities()
-        intel = "Intel" in cpu.get("cpu_name", "")
-        fast = cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and not intel)
+        amd = "AMD" in cpu.get("cpu_name", "")
+        fast = cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and amd)
     auto = "bfloat16" if fast else "float32"
     return device, getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
@@ -2032,7 +2034,8 @@ def main(args, stop=()):
         return evaluate_checkpoint(args, device, stop)
     folder, trainer, logger = open_run(args, device, dtype)
     agent, step, n, returns = trainer.agent, trainer.step, args.num_envs, None
-    before, stopped, saved = step, False, folder / "checkpoint.pt"  # before: the step before `step`
+    stopped, saved = False, folder / "checkpoint.pt"
+    before = step  # where the round before ended
     try:
         while not stopped:
             finished = step >= args.total_timesteps

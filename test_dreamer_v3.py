@@ -332,11 +332,11 @@ def check_twohot_gradients():
     """Mirrored bins far from all targets learn the same, bit for bit, or their sum is noise."""
     model, bins = make_agent(CONTINUOUS).model.float(), dreamer_v3.twohot_bins().float()
     for head in (model.reward[-1], model.critic[-1]):
-        x = torch.randn(37, 5, head.in_features).float()
+        x = torch.randn(256, 4, head.in_features).float()
         close(head(x).detach(), ref_linear(head, x.numpy()), rtol=1e-5, atol=1e-5)
         for p in (head.weight, head.bias):
             p.data.add_(p.data.flip(0))
-        loss = dreamer_v3.twohot_loss(head(x), torch.rand(37, 5).float(), bins).mean()
+        loss = dreamer_v3.twohot_loss(head(x), torch.rand(256, 4).float(), bins).mean()
         for grad in torch.autograd.grad(loss, [head.weight, head.bias]):
             assert (grad[:100] != 0).all() and torch.equal(grad[:100], grad.flip(0)[:100])
 
@@ -2375,6 +2375,7 @@ def test_gpu_of_an_agent(monkeypatch):
     [
         ({"avx512_bf16": False}, torch.float32),
         ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.float32),
         ({"avx512_bf16": True, "cpu_name": "Intel Xeon", "amx_bf16": False}, torch.float32),
         ({"avx512_bf16": True, "cpu_name": "Intel Xeon", "amx_bf16": True}, torch.bfloat16),
         ({"neon": True}, torch.float32),
@@ -2713,6 +2714,7 @@ def test_what_is_due():
         for step in range(0, 200, n):
             passed = [x for x in range(step + 1, step + n + 1) if x % every == 0]
             assert dreamer_v3.is_due(every, step, step + n) == bool(passed)
+            assert not dreamer_v3.is_due(every, step, step)  # a run that has just been resumed
     assert not any(dreamer_v3.is_due(0, step, step + 1) for step in range(9))
 
 
@@ -2823,6 +2825,22 @@ def test_file_systems_without_fallocate_or_locks(tmp_path, monkeypatch):
     before = (folder / "replay.bin").read_bytes()
     dreamer_v3.main(replace(args, resume=str(folder)))
     assert len(calls) == 2 and (folder / "replay.bin").read_bytes() == before and any(before)
+
+
+def test_no_room_without_fallocate(tmp_path, monkeypatch):
+    """Group J: where nothing can allocate, a replay that cannot grow keeps its size."""
+
+    def grow(path, *args, **kwargs):
+        os.truncate(path, size + 1000)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.delattr(os, "posix_fallocate")
+    folder, args = train_short(tmp_path)
+    size = (folder / "replay.bin").stat().st_size
+    monkeypatch.setattr(np, "memmap", grow)
+    with pytest.raises(UserError, match="GB for the replay: No space left on device"):
+        dreamer_v3.main(replace(args, resume=str(folder), total_timesteps=3000))
+    assert (folder / "replay.bin").stat().st_size == size
 
 
 def test_video_that_cannot_be_written(tmp_path, monkeypatch):

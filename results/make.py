@@ -641,7 +641,7 @@ def side_by_side():
     for (i, task), (row, (x, unit)) in itertools.product(enumerate(tasks), enumerate(rows)):
         axis = axes[row, i]
         same = [curve for curve in curves if curve["task"] == task and x in curve]
-        if not same:
+        if {curve["method"] for curve in same} != set(PROGRAMS):
             axis.axis("off")
             axis.text(0.5, 0.5, "minutes not recorded", ha="center", color="0.4")
             continue

@@ -228,9 +228,9 @@ def test_random_returns(tmp_path, monkeypatch):
 def test_random_beside_a_run(monkeypatch):
     """A run stands beside uniform actions of its own action repeat, also if a preset sets that."""
     make = load_module(HERE / "results/make.py", monkeypatch)
-    policy = dict(env_id="E-v0", mean=5.0)
-    chance = {"e": policy | {"action_repeat": 2}, "e_other": policy | {"action_repeat": 1}}
-    chance["e_other"]["mean"] = 3.0
+    chance = {name: dict(env_id="E-v0", action_repeat=2, mean=5.0) for name in ("f", "e", "e_one")}
+    chance["f"] |= dict(env_id="F-v0", mean=9.0)
+    chance["e_one"] |= dict(action_repeat=1, mean=3.0)
     flags = {"--preset dmc_proprio": "5", "--action-repeat 2": "5", "--size 1m": "3"}
     flags |= {"--preset cpu": "3", "--preset dmc_proprio --action-repeat 1": "3"}
     flags["--action-repeat 4"] = ""
