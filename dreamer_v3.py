@@ -1926,7 +1926,7 @@ def choose_device(args):
             raise UserError("more processes than GPUs: lower --nproc-per-node, or use --no-cuda")
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        # (An Intel processor with avx512_bf16 but without AMX was slower in bfloat16: docs/speed.md)
+        # (Intel's avx512_bf16 without AMX was slower than float32 where we measured: docs/speed.md)
         cpu = torch.cpu.get_capabilities()
         amd = "AMD" in cpu.get("cpu_name", "")
         fast = cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and amd)
