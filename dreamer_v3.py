@@ -161,7 +161,7 @@ class Args:
 
     learning_rate: float = 4e-5  # Learning rate of all networks.
     warmup_updates: int = 1_000  # Updates in which the learning rate rises linearly from 0.
-    agc_clip: float = 0.3  # Largest norm of a tensor's gradient, as a share of its own; 0: any.
+    agc_clip: float = 0.3  # Largest gradient norm of a tensor, as a share of its own; 0: no limit.
     beta1: float = 0.9  # Decay of LaProp's momentum.
     beta2: float = 0.999  # Decay of LaProp's mean of squared gradients.
     laprop_eps: float = 1e-20  # Added to the root of the mean of squared gradients.
