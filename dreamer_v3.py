@@ -588,7 +588,7 @@ class StepLinear(torch.autograd.Function):
 
     `apply(weight, addend, inputs)` returns the addend (T, ...). The loop uses weight.detach() and
     appends every x[t] to the list `inputs`. The backward pass then has every x[t] and dy[t]: the
-    gradient is sum_t x[t].T @ dy[t], exactly as step by step.
+    gradient is sum_t x[t].T @ dy[t]: one large product is faster than T small ones.
     """
 
     @staticmethod
@@ -633,7 +633,8 @@ class RSSM(nn.Module):
 
     def embed_action(self, action):
         """Embedding of the action for the sequence model: (..., A) -> (..., hidden)."""
-        return self.action_in(action / action.abs().clamp(min=1).detach())  # [D8]
+        # A policy's samples may leave [-1, 1]. The environment clips them, and so does this. [D8]
+        return self.action_in(action / action.abs().clamp(min=1).detach())
 
     def layers(self):
         """The linear layers of a step, rounded once for all steps: name -> (weight, bias).
@@ -658,7 +659,7 @@ class RSSM(nn.Module):
 
         linear(name, x) computes the layer of `layers` that has this name.
         """
-        # Each block of the hidden layer sees its own slice of h and the embeddings of all. [D7]
+        # Each hidden block sees its own slice of h, and the embeddings of all of h, z and a. [D7]
         deter_embed = self.deter_in[1](linear("deter_in", deter))
         stoch_embed = self.stoch_in[1](linear("stoch_in", stoch.flatten(-2)))
         embeds = torch.cat([deter_embed, stoch_embed, action_embed], -1)  # (B, 3 hidden)
@@ -799,7 +800,8 @@ class Dreamer(nn.Module):
         """The next state, its features (N, F), and the actor's choice in it (N, A)."""
         deter, stoch = self.rssm.imagine_step(deter, stoch, action, layers)
         feat = self.rssm.feat(deter, stoch)
-        return deter, stoch, feat, self.actor(feat.detach()).sample()  # detach: see variants/
+        # detach: V1 and V2 (variants/) imagine with gradient, but not through the actor's input.
+        return deter, stoch, feat, self.actor(feat.detach()).sample()
 
 
 def world_model_loss(model, batch, args):

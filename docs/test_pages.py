@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -22,6 +23,9 @@ from test_dreamer_v3 import (
     dreamer_v3, load_module, make_vector, page_blocks, parse_words, randomize, read_metrics,
     short_run, tiny,
 )  # fmt: skip
+
+if not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")  # read when DeepMind Control is imported
 
 
 def page_commands():

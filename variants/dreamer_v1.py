@@ -9,21 +9,21 @@ model is that of PlaNet, arXiv:1811.04551.
 
     here (V1)                                          V2
     30 normal latent variables                         32 categorical ones of 32 classes
-    one KL, prior and posterior alike, at least 3      balanced: the prior moves faster
+    one KL for both ends, no gradient below 3 nats     balanced: more gradient to the prior
     a plain GRU                                        a GRU with LayerNorm, for Atari wider
     the actor learns through the dynamics, always      by REINFORCE if its actions are discrete
     continuous actions: tanh of a normal               a normal cut off at +-1
     noise on the actions, no entropy                   entropy in the actor's loss, no noise
-    the critic's own values are the targets            those of a copy, made every 100 updates
+    returns go on with the critic's value              with that of a copy, every 100 updates
     the critic has no loss where imagination starts    it has
     2 hidden layers (reward), 3 (discount, value)      4
     Adam                                               Adam with weight decay
 
 Left out, beside what dreamer_v2.py leaves out: ReLU in the convolutions, the most likely one of 100
 samples for the greedy action (the tanh of the mean is taken), a share of random actions that falls
-with time. The action before a sequence is zero, not the recorded one. The discount is always
-predicted; the authors' flag for that is off. They observe images only; vectors are treated as in
-V2. Their tasks repeat an action twice: `--action-repeat 2` here.
+with time. A sequence begins after an action of zeros; theirs, after the recorded one. The discount
+is always predicted; the authors' flag for that is off. They observe images only; vectors are
+treated as in V2. Their tasks repeat an action twice: `--action-repeat 2` here.
 """
 
 import math
@@ -65,7 +65,7 @@ class Args(v2.Args):
     tanh_rewards: bool = False  # Learn tanh(reward) instead of the reward.
     # Deviation of the noise on continuous actions; the share of discrete ones that are random.
     expl_noise: float = 0.3
-    # No flags. The target critic, copied after every update, is the critic without gradient.
+    # No flags. V1 has no target critic: a copy after every update is the critic, without gradient.
     slow_every: ClassVar = 1; weight_decay: ClassVar = 0.0; adam_eps: ClassVar = 1e-7  # fmt: skip
     classes: ClassVar = 1; kl_balance: ClassVar; ent_coef: ClassVar  # fmt: skip
 
@@ -92,7 +92,7 @@ class RSSM(v2.RSSM):
         from_x, from_h = v3.f32(linear("gru_x", x)), v3.f32(linear("gru_h", deter))
         (r, u, c), (from_r, from_u, from_c) = from_x.chunk(3, -1), from_h.chunk(3, -1)
         candidate = torch.tanh(c + torch.sigmoid(r + from_r) * from_c)
-        return torch.lerp(candidate, deter, torch.sigmoid(u + from_u))
+        return torch.lerp(candidate, deter, torch.sigmoid(u + from_u))  # u keeps h, as in Keras
 
     def normals(self, outputs):
         """Mean and deviation of p or q: (..., S, 2) -> (..., S) each (d:models.py:63)."""

@@ -7,10 +7,10 @@ arXiv:2010.02193. Numbers: the released code's, github.com/danijar/dreamerv2 at 
     vectors as they are, tanh of rewards               symlog vectors, two-hot rewards and returns
     ELU, no norm; a GRU with LayerNorm                 SiLU and RMSNorm; a GRU of blocks
     1 hidden layer before the prior, 4 in the heads    2 before the prior, 1 or 3 in the heads
-    one KL, balanced 0.8 : 0.2, free nats on the mean  two, 1 : 0.1, free nats on each step; unimix
+    one KL: 0.8 moves the prior; free nats on its mean two: 1 moves the prior; on each step; unimix
     continuous actions from a normal cut off at +-1    from a normal that the environment clips
     v(s) counts the reward received on arriving at s   rewards after s only
-    targets from a copy of the critic, every 100       its own; a loss keeps it near its average
+    returns go on with a copy of the critic            with the critic, held near its average
     returns or advantages as they are                  advantages divided by the range of returns
     continuous actions learn through the dynamics      all actions learn by REINFORCE
     the critic learns in imagination only              from the replay too
@@ -70,7 +70,7 @@ class Args(v3.Args):
     beta_cont: float = 5.0  # Weight of the loss of the predicted discount.
     tanh_rewards: bool = True  # Learn tanh(reward) instead of the reward.
     slow_every: int = 100  # Updates between two copies of the critic; a copy gives the targets.
-    # No flags: constants (float32: bfloat16 is coarse for raw values); from `size` on, V3's alone.
+    # Off the command line: constants (float32: bfloat16 is coarse for raw values) and V3's own.
     adam_eps: ClassVar = 1e-5; weight_decay: ClassVar = 1e-6; grad_clip: ClassVar = 100  # fmt: skip
     dtype: ClassVar = "float32"; beta1: ClassVar; beta2: ClassVar  # fmt: skip
     size: ClassVar; blocks: ClassVar; unimix: ClassVar; actor_unimix: ClassVar  # fmt: skip
@@ -80,7 +80,7 @@ class Args(v3.Args):
 
 
 class RSSM(v3.RSSM):
-    """h' = GRU(ELU(Linear(z, a)), h) (v2:common/nets.py:114, 317); one layer before p and q."""
+    """h' = GRU(ELU(Linear(z, a)), h) (v2:common/nets.py:114, 317). NormSiLU is ELU: see NAMES."""
 
     def __init__(self, action_width, embed_dim, deter, hidden, stoch, classes):
         nn.Module.__init__(self)  # V3's layers are not made
@@ -98,7 +98,7 @@ class RSSM(v3.RSSM):
         return F.linear(action, self.cell_in.weight[:, math.prod(self.stoch_shape) :])
 
     def layers(self):
-        """Layers of a step, name -> (weight, bias); of two, the part of z (cell_in) or h."""
+        """Layers of a step, name -> (weight, bias): of cell_in z's columns, of posterior_in h's."""
         dense = lambda layer, width=None: (layer.weight[:, :width].T, layer.bias)
         layers = {name: dense(getattr(self, name)) for name in self.step_layers}
         layers["stoch_in"] = dense(self.cell_in, math.prod(self.stoch_shape))
@@ -160,8 +160,8 @@ class Dreamer(v3.Dreamer):
         self.encoder = v3.Encoder(spaces, depth, units)
         self.rssm = self.rssm_class(spaces.action_width, self.encoder.embed_dim, *sizes)
         self.decoder = v3.Decoder(spaces, deter, stoch, depth, units)
-        self.decoder.to_pixels = lambda x: x + 0.5  # unbounded: the mean of a normal
-        for name, layers in self.heads.items():  # whose first weights are as V3's
+        self.decoder.to_pixels = lambda x: x + 0.5  # a mean without bounds
+        for name, layers in self.heads.items():  # reward and critic begin at 0, as V3's
             setattr(self, name, v3.mlp(deter + stoch, units, layers, 1, float(name == "cont")))
         self.actor = v3.Actor(deter + stoch, units, spaces, unimix=0.0)
         self.actor.mlp = v3.mlp(deter + stoch, units, 4)
@@ -180,7 +180,7 @@ def world_model_loss(model, batch, args):
     feat = model.rssm.feat(deter, stoch)  # (B, T, F)
     discrete = {name for name, _, classes in model.decoder.spaces.vectors if classes}
     losses = model.decoder.losses(model.decoder(deter, stoch), batch).items()
-    losses = {name: loss if name in discrete else 0.5 * loss for name, loss in losses}  # normals
+    losses = {name: loss if name in discrete else loss / 2 for name, loss in losses}  # normals
     reward = torch.tanh(batch["reward"]) if args.tanh_rewards else batch["reward"]
     losses["reward"] = normal_loss(model.reward(feat).squeeze(-1) - reward)
     cont = (1 - batch["is_terminal"].to(deter.dtype)) * args.gamma
@@ -197,7 +197,7 @@ def imagined_returns(model, feat, args):
         w[t] = w[t-1] c[t-1],  w[0] = 1                (V3: w[t] = w[t-1] c[t],  w[0] = c[0])
 
     (paper: Eq. 4) with v (N, H+1) of the target critic, returned too. V3's return counts r and c
-    of t+1: here both move one step, behind a 1. That of r is not read; that of c is w[0].
+    of t+1: here both move one step. The 1 before r is not read; that before c becomes w[0].
     """
     head = lambda net: v3.f32(net(feat)).squeeze(-1)  # (N, H+1)
     value, reward, cont = head(model.slow_critic), head(model.reward), head(model.cont).sigmoid()
@@ -282,7 +282,7 @@ class Agent(v3.Agent):
 
     @torch.no_grad()
     def update_slow_critic(self):
-        """Copy the critic after updates 1, 101, 201 ... (v2:agent.py:327), without an `if`."""
+        """Copy the critic after updates 1, 101, 201 ... (v2:agent.py:327); graphs have no `if`."""
         now = ((self.optimizer.updates - 1) % self.args.slow_every == 0).to(self.params[0].dtype)
         networks = self.model.slow_critic, self.model.critic
         for target, p in zip(*(network.parameters() for network in networks), strict=True):
