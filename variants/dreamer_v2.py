@@ -180,7 +180,7 @@ def world_model_loss(model, batch, args):
     feat = model.rssm.feat(deter, stoch)  # (B, T, F)
     discrete = {name for name, _, classes in model.decoder.spaces.vectors if classes}
     losses = model.decoder.losses(model.decoder(deter, stoch), batch).items()
-    losses = {name: loss if name in discrete else loss / 2 for name, loss in losses}  # normals
+    losses = {name: loss if name in discrete else 0.5 * loss for name, loss in losses}  # normals
     reward = torch.tanh(batch["reward"]) if args.tanh_rewards else batch["reward"]
     losses["reward"] = normal_loss(model.reward(feat).squeeze(-1) - reward)
     cont = (1 - batch["is_terminal"].to(deter.dtype)) * args.gamma
