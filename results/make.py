@@ -3,7 +3,7 @@
     python results/make.py add runs/RUN ... --commit 1234567 --hardware "2 cores of ..."
     python results/make.py add runs/RUN ... --family ...   # V1, V2 and V3, for docs/family.md
     python results/make.py authors FOLDER   # the authors' curves, summed up
-    python results/make.py beside acrobot runs/RUN LOGDIR ...   # ours and the authors' runs
+    python results/make.py beside acrobot runs/RUN ... --commit ... --hardware ...  # or LOGDIR
     python results/make.py network runs/RUN results/acrobot.pt  # its weights, without the optimizer
     python results/make.py random                        # returns of random policies: random.json
     python results/make.py tables                        # writes them into the pages
@@ -156,8 +156,8 @@ def add(folders, commit, hardware, family=False):
         print(path, run["seed"], len(run["ys"]), "episodes")
 
 
-def beside(task, folders):
-    """side_by_side.json: returns of training episodes, of our runs and of the authors' code.
+def beside(task, folders, commit, hardware):
+    """side_by_side.json: returns of training episodes, of our runs or of the authors' code.
 
     A folder is a run of ours, or a `--logdir` of theirs; xs are agent steps. minutes: CPU time at
     each of them, if it is known. greedy: mean of the last evaluation, of ours.
@@ -178,7 +178,7 @@ def beside(task, folders):
         curve = dict(task=task, method="dreamer_v3.py" if ours else "authors", seed=int(seed))
         curves = [other for other in curves if not curve.items() <= other.items()]
         xs, ys = zip(*points, strict=True)
-        curve |= dict(xs=xs, ys=ys)
+        curve |= dict(commit=commit, hardware=hardware, xs=xs, ys=ys)
         if spent := cpu_seconds(folder):
             seconds = np.interp(xs, list(spent), list(spent.values()))
             curve["minutes"] = (seconds / 60).round(2).tolist()
@@ -402,6 +402,18 @@ def table_beside():
         known = [np.interp(step, c["xs"], c["minutes"]) for c in seeds if "minutes" in c]
         spent = f"{np.mean(known):.0f}" if known else ""
         rows.append(f"{text}| {chance[plain(task)]['mean']:.0f} | {greedy} | {spent} |")
+    return rows
+
+
+def table_provenance():
+    """Commit and machine of the curves of the side by side."""
+    rows = ["| task | program | seeds | commit | one core of |", "| --- | --- | --- | --- | --- |"]
+    for (task, method), (curves, _) in beside_groups().items():
+        place = lambda curve: (curve["commit"], curve["hardware"])
+        for (commit, hardware), same in itertools.groupby(curves, place):
+            seeds = ", ".join(str(curve["seed"]) for curve in same)
+            text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {seeds} "
+            rows.append(f"{text}| {commit} | {hardware.removeprefix('one core of ')} |")
     return rows
 
 
@@ -770,13 +782,14 @@ def main():
     commands = parser.add_subparsers(required=True, dest="command")
     adding = commands.add_parser("add")
     adding.add_argument("runs", nargs="+")
-    adding.add_argument("--commit", required=True)
-    adding.add_argument("--hardware", required=True)
     adding.add_argument("--family", action="store_true")
     commands.add_parser("authors").add_argument("folder")
     comparing = commands.add_parser("beside")
     comparing.add_argument("task")
     comparing.add_argument("folders", nargs="+")
+    for command in (adding, comparing):
+        command.add_argument("--commit", required=True)
+        command.add_argument("--hardware", required=True)
     publishing = commands.add_parser("network")
     publishing.add_argument("run")
     publishing.add_argument("file")
@@ -792,7 +805,7 @@ def main():
     elif args.command == "authors":
         authors(args.folder)
     elif args.command == "beside":
-        beside(args.task, args.folders)
+        beside(args.task, args.folders, args.commit, args.hardware)
     elif args.command == "network":
         network(args.run, args.file)
     elif args.command == "random":
