@@ -87,6 +87,38 @@ def test_results_against_the_authors(monkeypatch):
     assert make.returns(run | dict(xs=[5], ys=[3.0])) == ([5], [3.0])
 
 
+def test_side_by_side(tmp_path, monkeypatch):
+    """A run of ours and one of theirs become curves with minutes and provenance, each once."""
+    make = load_module(HERE / "results/make.py", monkeypatch)
+    make.HERE = tmp_path
+    shutil.copy(HERE / "results/random.json", tmp_path)
+    settings = dict(env_id="CartPole-v1", seed=7, total_timesteps=60, eval_episodes=2)
+    ours, theirs = short_run(dreamer_v3, tmp_path / "runs", **settings), tmp_path / "theirs/log"
+    theirs.mkdir(parents=True)
+    (theirs / "config.yaml").write_text("logdir: x\nseed: 4\n")
+    lines = {"step": 10, "episode/score": 9.0}, {"step": 20}, {"step": 30, "episode/score": 15.0}
+    (theirs / "scores.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    watched = '{"cpu": 60, "step": 10}\n{"cpu": 90, "step": 20}\n{"cpu": 120, "step": 20}\n'
+    (theirs.parent / "cpu.jsonl").write_text(watched + '{"cpu": 180, "step": 40}\n')
+    for _ in range(2):
+        make.beside("cartpole", [ours], "abc", "one core of ours")
+        make.beside("cartpole", [theirs], "def", "one core of theirs")
+    other, curve = json.loads((tmp_path / "side_by_side.json").read_text())
+    expected = dict(task="cartpole", method="authors", seed=4, commit="def", xs=[10, 30])
+    assert expected.items() <= other.items() and other["ys"] == [9.0, 15.0]
+    assert other["minutes"] == [1.0, 2.25] and "greedy" not in other  # between 90 and 180 s
+    lines = read_metrics(ours)
+    episodes = [line for line in lines if "charts/episodic_return" in line]
+    assert curve["xs"] == [line["step"] for line in episodes] and len(episodes) > 1
+    close(curve["ys"], [line["charts/episodic_return"] for line in episodes], atol=1e-2)
+    close(curve["greedy"], lines[-1]["eval/episodic_return"], atol=1e-2)
+    assert curve["seed"] == 7 and "minutes" not in curve
+    rows = "\n".join(make.table_provenance())
+    assert "| 4 | def | theirs |" in rows and "| 7 | abc | ours |" in rows
+    last = make.table_beside()[-2]  # theirs: the fifths of 60 steps, each with one episode or none
+    assert "| 1 | 9 |  | 15 |  |  |" in last
+
+
 def test_fifths_that_are_apart(monkeypatch):
     """The page says in how many fifths all seeds of one program lie above those of the other."""
     groups = load_module(HERE / "results/make.py", monkeypatch).beside_groups()
