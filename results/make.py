@@ -305,7 +305,7 @@ def minutes(runs):
 def stopped(runs):
     """Where runs were stopped before the end that their command asks for, as text."""
     ends = [f"{run['steps']:,}" for run in runs if run["steps"] < run["asked"]]
-    return f", stopped at step {', '.join(ends)}" if ends else ""
+    return f", stopped at agent step {', '.join(ends)}" if ends else ""
 
 
 def by_command(runs):
