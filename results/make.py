@@ -656,10 +656,6 @@ def side_by_side():
     for (i, task), (row, (x, unit)) in itertools.product(enumerate(tasks), enumerate(rows)):
         axis = axes[row, i]
         same = [curve for curve in curves if curve["task"] == task and x in curve]
-        if {curve["method"] for curve in same} != set(PROGRAMS):
-            axis.axis("off")
-            axis.text(0.5, 0.5, "minutes not recorded", ha="center", color="0.4")
-            continue
         for method, (label, color) in PROGRAMS.items():
             runs = [
                 [
@@ -678,7 +674,7 @@ def side_by_side():
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
     for row in axes:
-        next(axis for axis in row if axis.axison).set_ylabel("return of training episodes")
+        row[0].set_ylabel("return of training episodes")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False)
     fig.tight_layout(rect=(0, 0.05, 1, 1))
     fig.savefig(HERE / "side_by_side.png", dpi=120)
