@@ -407,13 +407,13 @@ def table_beside():
 
 def table_provenance():
     """Commit and machine of the curves of the side by side."""
-    rows = ["| task | program | seeds | commit | one core of |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| task | program | seeds | commit | machine |", "| --- | --- | --- | --- | --- |"]
     for (task, method), (curves, _) in beside_groups().items():
         place = lambda curve: (curve["commit"], curve["hardware"])
         for (commit, hardware), same in itertools.groupby(curves, place):
             seeds = ", ".join(str(curve["seed"]) for curve in same)
             text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {seeds} "
-            rows.append(f"{text}| {commit} | {hardware.removeprefix('one core of ')} |")
+            rows.append(f"{text}| {commit} | {hardware} |")
     return rows
 
 
