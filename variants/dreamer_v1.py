@@ -10,7 +10,7 @@ model is that of PlaNet, arXiv:1811.04551.
     here (V1)                                          V2
     30 normal latent variables                         32 categorical ones of 32 classes
     one KL for both ends, no gradient below 3 nats     balanced: more gradient to the prior
-    a plain GRU                                        a GRU with LayerNorm, for Atari wider
+    Keras' GRU, plain                                  with LayerNorm and a bias, for Atari wider
     the actor learns through the dynamics, always      by REINFORCE if its actions are discrete
     continuous actions: tanh of a normal               a normal cut off at +-1
     noise on the actions, no entropy                   entropy in the actor's loss, no noise
@@ -133,10 +133,11 @@ class Dreamer(v2.Dreamer):
 def actor_critic_loss(model, feat, action, args):
     """Losses (N, H-1) of actor and critic on imagined trajectories (paper: Eq. 7-8).
 
-    The actor climbs the return itself, whose gradient passes through the values, the rewards and
-    the dynamics. feat (N, H+1, F): states 1 to H-1 have losses, H gives its value
-    (d:dreamer.py:270). The start's discount weighs them: it may be the end of an episode, which
-    the authors' starts are not (d:dreamer.py:271). action is not read.
+    The actor climbs the return itself, whose gradient passes through values, rewards, predicted
+    discounts and dynamics. feat (N, H+1, F): states 1 to H-1 have losses, H gives its value
+    (d:dreamer.py:270). The start's discount weighs them: it may be an end. (Where they predict the
+    discount, the authors leave out the last step of a sequence: d:dreamer.py:271.) action is not
+    read.
     """
     returns, weight, _, metrics = imagined_returns(model, feat, args)
     returns, weight = returns[:, 1:], weight[:, 1:]

@@ -4,23 +4,23 @@ Paper: Hafner, Lillicrap, Norouzi, Ba, "Mastering Atari with Discrete World Mode
 arXiv:2010.02193. Numbers: the released code's, github.com/danijar/dreamerv2 at 07d906e ("v2:").
 
     here (V2)                                          what V3 made of it
-    vectors as they are, tanh of rewards               symlog vectors, two-hot rewards and returns
+    raw vectors, tanh of rewards, unbounded pixels     symlog, two-hot rewards and returns, sigmoid
     ELU, no norm; a GRU with LayerNorm                 SiLU and RMSNorm; a GRU of blocks
     1 hidden layer before the prior, 4 in the heads    2 before the prior, 1 or 3 in the heads
-    one KL: 0.8 moves the prior; free nats on its mean two: 1 moves the prior; on each step; unimix
+    one KL, 0.8 for the prior; free nats on its mean   two, 1 and 0.1; free nats a step; 1% of uniform
     continuous actions from a normal cut off at +-1    from a normal that the environment clips
     v(s) counts the reward received on arriving at s   rewards after s only
-    returns go on with a copy of the critic            with the critic, held near its average
+    a copy of the critic: end of returns, baseline     the critic, held near its moving average
     returns or advantages as they are                  advantages divided by the range of returns
     continuous actions learn through the dynamics      all actions learn by REINFORCE
     the critic learns in imagination only              from the replay too
     three Adams, each clipped by its gradient's norm   one LaProp, clipped relative to the weights
     sequences start from zeros                         from the state that the replay has stored
 
-Left out, so as V3 has it: the convolutions, cross-entropies of discrete observations, three layers
+As in V3, not as in V2: the convolutions, cross-entropies of discrete observations, three layers
 around vectors (V2: four), initialisation, capacity and sampling of the replay (sequences go on into
-the next episode), evenly spread updates, colour, and the predicted discount of imagination's first
-state and of control tasks. No prefill, no pretraining. Always float32 (V2: float16).
+the next episode), evenly spread updates, colour, a discount that is always predicted (V2: true for
+imagination's first state, constant in control). No prefill, no pretraining. float32 (V2: float16).
 """
 
 import copy
@@ -70,7 +70,7 @@ class Args(v3.Args):
     beta_cont: float = 5.0  # Weight of the loss of the predicted discount.
     tanh_rewards: bool = True  # Learn tanh(reward) instead of the reward.
     slow_every: int = 100  # Updates between two copies of the critic; a copy gives the targets.
-    # Off the command line: constants (float32: bfloat16 is coarse for raw values) and V3's own.
+    # No flags: V2's constants (bfloat16 is coarse for raw values), V3's betas; then, not V2's.
     adam_eps: ClassVar = 1e-5; weight_decay: ClassVar = 1e-6; grad_clip: ClassVar = 100  # fmt: skip
     dtype: ClassVar = "float32"; beta1: ClassVar; beta2: ClassVar  # fmt: skip
     size: ClassVar; blocks: ClassVar; unimix: ClassVar; actor_unimix: ClassVar  # fmt: skip
@@ -110,7 +110,7 @@ class RSSM(v3.RSSM):
         gates = self.gru_norm(v3.f32(linear("gru", torch.cat([x, deter], -1))))
         reset, candidate, update = gates.chunk(3, -1)  # (B, D) each
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        return torch.lerp(deter, candidate, torch.sigmoid(update - 1))
+        return torch.lerp(deter, candidate, torch.sigmoid(update - 1))  # at first, h is mostly kept
 
     def kl_loss(self, post, prior, args):
         """0.8 KL(sg(q) || p) + 0.2 KL(q || sg(p)) (paper: Algorithm 2): a scalar, and metrics."""
@@ -244,7 +244,7 @@ class Adam(v3.LaProp):
         scale = torch._foreach_add(torch._foreach_sqrt(self.nu), args.adam_eps)  # as in Keras
         step = torch._foreach_mul(torch._foreach_div(self.mu, scale), self.rates)
         torch._foreach_mul_(step, (1 - args.beta2**n).sqrt() / (1 - args.beta1**n))
-        torch._foreach_mul_(self.params, 1 - args.weight_decay)
+        torch._foreach_mul_(self.params, 1 - args.weight_decay)  # not times the rate
         torch._foreach_sub_(self.params, step)
         return {"losses/grad_norm": torch.cat(norms).norm()}
 
@@ -282,7 +282,7 @@ class Agent(v3.Agent):
 
     @torch.no_grad()
     def update_slow_critic(self):
-        """Copy the critic after updates 1, 101, 201 ... (v2:agent.py:327); graphs have no `if`."""
+        """Copy the critic after updates 1, 101, 201 ... (v2:agent.py:327): graphs cannot branch."""
         now = ((self.optimizer.updates - 1) % self.args.slow_every == 0).to(self.params[0].dtype)
         networks = self.model.slow_critic, self.model.critic
         for target, p in zip(*(network.parameters() for network in networks), strict=True):
