@@ -697,8 +697,8 @@ def family():
                     [{"x": x * r["steps"] / r["frames"], "y": y} for x, y, *_ in r["evaluations"]]
                     for r in group
                 ]
-                line = "--" if i else "-"  # dashed: other settings
-                band(axis, points, "x", "y", label=label, color=color, ls=line)
+                style = dict(ls="--") if i else dict(label=label)  # dashed: other settings
+                band(axis, points, "x", "y", color=color, **style)
         marks(axis, chance[plain(task)])
         axis.set_title(TITLES[task])
         axis.set_xlabel("agent steps")
@@ -706,7 +706,8 @@ def family():
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes[0, 0].set_ylabel("return, most likely actions")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False)
+    axes[0, 0].plot([], [], color="gray", lw=2.5, ls="--", label="the other learning rate")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False)
     fig.tight_layout(rect=(0, 0.08, 1, 1))
     fig.savefig(HERE / "family.png", dpi=120)
 
