@@ -129,6 +129,8 @@ def test_fifths_that_are_apart(monkeypatch):
     sentence = r"Of the (\d+) fifths after it with three seeds each, (\d+|none) (?:is|are) apart"
     said = re.search(sentence, page)
     assert [str(apart.size), str(apart.sum() or "none")] == list(said.groups())
+    first = re.search(r"in (none|\d+) of (\d+) fifths", " ".join(PAGES["README.md"].split()))
+    assert first.groups() == said.groups()[::-1]
     assert apart.size / 10 == float(re.search(r"Chance alone makes ([\d.]+)\. ", page)[1])
 
 

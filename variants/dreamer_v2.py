@@ -4,10 +4,10 @@ Paper: Hafner, Lillicrap, Norouzi, Ba, "Mastering Atari with Discrete World Mode
 arXiv:2010.02193. Numbers: the released code's, github.com/danijar/dreamerv2 at 07d906e ("v2:").
 
     here (V2)                                          what V3 made of it
-    raw vectors, tanh of rewards, unbounded pixels     symlog, two-hot rewards and returns, sigmoid
+    raw vectors, tanh of rewards, unbounded pixels     symlog, two-hot reward, value; sigmoid pixels
     ELU, no norm; a GRU with LayerNorm                 SiLU and RMSNorm; a GRU of blocks
     1 hidden layer before the prior, 4 in the heads    2 before the prior, 1 or 3 in the heads
-    one KL, 0.8 for the prior; free nats on its mean   two, 1 and 0.1; free nats a step; 1% of uniform
+    one KL, 0.8 for the prior; free nats on its mean   two, 1 and 0.1; free nats a step; 1% uniform
     continuous actions from a normal cut off at +-1    from a normal that the environment clips
     v(s) counts the reward received on arriving at s   rewards after s only
     a copy of the critic: end of returns, baseline     the critic, held near its moving average
@@ -70,7 +70,7 @@ class Args(v3.Args):
     beta_cont: float = 5.0  # Weight of the loss of the predicted discount.
     tanh_rewards: bool = True  # Learn tanh(reward) instead of the reward.
     slow_every: int = 100  # Updates between two copies of the critic; a copy gives the targets.
-    # No flags: V2's constants (bfloat16 is coarse for raw values), V3's betas; then, not V2's.
+    # No flags: constants (bfloat16 is coarse for raw values), V3's betas; the rest has no effect.
     adam_eps: ClassVar = 1e-5; weight_decay: ClassVar = 1e-6; grad_clip: ClassVar = 100  # fmt: skip
     dtype: ClassVar = "float32"; beta1: ClassVar; beta2: ClassVar  # fmt: skip
     size: ClassVar; blocks: ClassVar; unimix: ClassVar; actor_unimix: ClassVar  # fmt: skip
