@@ -46,6 +46,7 @@ RANDOM = {  # the flags that set the environment of each task
     "pendulum_pixels": "--env-id Pendulum-v1 --action-repeat 2",
     "atari_breakout": ATARI + "Breakout-v5",
     "atari_ms_pacman": ATARI + "MsPacman-v5",
+    "atari_ms_pacman_sticky": "--env-id ALE/MsPacman-v5",
     "dmc_ball_in_cup_catch": DMC + "ball_in_cup-catch-v0",
     "dmc_cartpole_balance": DMC + "cartpole-balance-v0",
     "dmc_cartpole_swingup": DMC + "cartpole-swingup-v0",
@@ -81,13 +82,14 @@ def flag(name, value):
 
 
 def load_run(folder):
-    """A run's checkpoint with its arguments as a dict, and those that differ from its preset's."""
+    """A run's checkpoint with its arguments as a dict, and those to repeat it: not the preset's."""
     checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
     args = checkpoint["args"]
     program = args["exp_name"] if args["exp_name"] in VARIANTS else "dreamer_v3"
     program = importlib.import_module(program)
     defaults = asdict(program.Args(**program.PRESETS.get(args["preset"], {})))
-    return checkpoint, {k: v for k, v in args.items() if k == "preset" or v != defaults[k]}
+    kept = {k: v for k, v in args.items() if k in ("preset", "env_id") or v != defaults[k]}
+    return checkpoint, kept
 
 
 def cpu_seconds(folder):
@@ -425,9 +427,8 @@ def table_family():
     rows[0] += " random | CPU minutes | commit | command |"
     rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     chance = json.loads((HERE / "random.json").read_text())
-    runs = json.loads((HERE / "family.json").read_text())
-    for command, same in by_command(runs).items():
-        task, ends = plain(same[0]["task"]), [run["evaluations"][-1] for run in same]
+    for command, same in by_command(family_runs()).items():
+        task, ends = uniform(same[0]), [run["evaluations"][-1] for run in same]
         best = max(y for run in same for _, y, *_ in run["evaluations"])
         means = " / ".join(f"{y:.0f} +- {std / (n - 1) ** 0.5:.0f}" for _, y, std, n in ends)
         known = [run["cpu_seconds"] / 60 for run in same if run.get("cpu_seconds")]
@@ -558,6 +559,7 @@ TITLES = {
     "acrobot": "Acrobot",
     "cartpole": "CartPole",
     "pendulum": "Pendulum",
+    "pendulum_pixels": "Pendulum from pixels",
     "atari_breakout": "Breakout",
     "atari_ms_pacman": "Ms. Pac-Man",
     "dmc_ball_in_cup_catch": "Ball in cup",
@@ -566,7 +568,6 @@ TITLES = {
     "dmc_cheetah_run": "Cheetah run",
     "dmc_walker_walk": "Walker walk",
     "cartpole_unweighted": "CartPole, not weighted",
-    "pendulum_pixels": "Pendulum from pixels",
     "pendulum_unweighted": "Pendulum, not weighted, discount 0.997",
 }
 PROGRAMS = {
@@ -585,6 +586,12 @@ FAMILY = {
 def plain(task):
     """The task whose random policy is that of a task with other settings."""
     return task.removesuffix("_unweighted")
+
+
+def uniform(run):
+    """The key of random.json for a run; sticky: by default, Atari repeats actions at random."""
+    sticky = run["task"].startswith("atari") and "repeat_action_prob" not in run["command"]
+    return plain(run["task"]) + "_sticky" * sticky
 
 
 def marks(axis, chance):
@@ -680,13 +687,19 @@ def side_by_side():
     fig.savefig(HERE / "side_by_side.png", dpi=120)
 
 
+def family_runs():
+    """The runs of family.json, in the order of TITLES."""
+    runs = json.loads((HERE / "family.json").read_text())
+    return sorted(runs, key=lambda run: list(TITLES).index(run["task"]))
+
+
 def family():
     """family.png: evaluations of DreamerV1, V2 and V3 over agent steps."""
     plt = importlib.import_module("matplotlib.pyplot")
-    runs = json.loads((HERE / "family.json").read_text())
+    runs = family_runs()
     chance = json.loads((HERE / "random.json").read_text())
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    size = max(5, 0.5 + 3.2 * len(tasks)), 3.4
+    size = max(5, 0.5 + 3 * len(tasks)), 3.4
     fig, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for method, (label, color) in FAMILY.items():
@@ -699,7 +712,7 @@ def family():
                 ]
                 style = dict(ls="--") if i else dict(label=label)  # dashed: other settings
                 band(axis, points, "x", "y", color=color, **style)
-        marks(axis, chance[plain(task)])
+        marks(axis, chance[uniform(same[0])])
         axis.set_title(TITLES[task])
         axis.set_xlabel("agent steps")
         axis.set_xlim(0)
