@@ -431,6 +431,7 @@ def table_family():
         task, ends = uniform(same[0]), [run["evaluations"][-1] for run in same]
         best = max(y for run in same for _, y, *_ in run["evaluations"])
         means = " / ".join(f"{y:.0f} +- {std / (n - 1) ** 0.5:.0f}" for _, y, std, n in ends)
+        means += " (sampled)" * same[0]["sampled"]
         known = [run["cpu_seconds"] / 60 for run in same if run.get("cpu_seconds")]
         rows.append(
             f"| {TITLES[same[0]['task']]} | {FAMILY[same[0]['method']][0]} | {same[0]['steps']:,} "
@@ -696,14 +697,16 @@ def family_runs():
 def family():
     """family.png: evaluations of DreamerV1, V2 and V3 over agent steps."""
     plt = importlib.import_module("matplotlib.pyplot")
-    runs = [run for run in family_runs() if "atari" not in run["task"]]  # one action: no curve
+    # On Atari the most likely action is one and the same: only sampled ones make a curve.
+    runs = [run for run in family_runs() if run["sampled"] or "atari" not in run["task"]]
     chance = json.loads((HERE / "random.json").read_text())
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     size = max(5, 0.5 + 3.2 * len(tasks)), 3.4
     fig, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
+        here = [run for run in runs if run["task"] == task]
         for method, (label, color) in FAMILY.items():
-            same = [run for run in runs if (run["task"], run["method"]) == (task, method)]
+            same = [run for run in here if run["method"] == method]
             groups = sorted(by_command(same).values(), key=len, reverse=True)
             for i, group in enumerate(groups):
                 points = [
@@ -712,8 +715,8 @@ def family():
                 ]
                 style = dict(ls="--") if i else dict(label=label)  # dashed: other settings
                 band(axis, points, "x", "y", color=color, **style)
-        marks(axis, chance[plain(task)])
-        axis.set_title(TITLES[task])
+        marks(axis, chance[uniform(here[0])])
+        axis.set_title(TITLES[task] + ", sampled" * here[0]["sampled"])
         axis.set_xlabel("agent steps")
         axis.set_xlim(0)
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
