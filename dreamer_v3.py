@@ -72,7 +72,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- 1. Arguments (paper: Extended Data Tables 3 and 4) ------------------------------------------
 
-# Network sizes of the paper, and 1m: deter (D), from which the other widths follow.
+# Sizes of the paper, and 1m, by their deter (D): the other widths follow from it.
 SIZES = {
     "1m": 512, "12m": 2048, "25m": 3072, "50m": 4096, "100m": 6144, "200m": 8192, "400m": 12288,
 }  # fmt: skip
@@ -132,7 +132,7 @@ class Args:
     eval_sample: bool = False  # Evaluate with sampled actions instead of the most likely ones.
     log_every: int = 250  # Agent steps between two lines of training metrics.
     save_every: int = 2_500  # Agent steps between checkpoints.
-    report_every: int = 2_500  # Agent steps between pictures of predictions; 0: never.
+    report_every: int = 2_500  # Agent steps between predictions (pictures, losses); 0: never.
 
     size: Literal[*SIZES] = "12m"  # Parameters, roughly; the next five flags change one width each.
     deter: int | None = None  # Width of the recurrent state (D).
@@ -244,15 +244,15 @@ def twohot_loss(logits, target, bins):
 
 
 def one_hot(index, classes):
-    """(...) integers in [0, classes) -> (..., classes) floats; F.one_hot waits for a GPU."""
+    """(...) integers in [0, classes) -> (..., classes) floats; F.one_hot checks them on a CPU."""
     hot = index.unsqueeze(-1) == torch.arange(classes, device=index.device)
     return hot.to(torch.get_default_dtype())
 
 
 def draw(random, shape, device):
-    """This process's random numbers, of a shape. Each draws those of all, and takes its own.
+    """Random numbers of a shape. Each process draws those of all, and keeps its own part.
 
-    So all processes keep the same generator, and N of them together draw what one would.
+    So their generators stay equal, and all processes together draw what one would.
     """
     return random(WORLD_SIZE, *shape, device=device)[RANK]
 
@@ -296,8 +296,8 @@ class Categoricals:
         probs = [log_prob.exp() for log_prob in self.log_probs]
         if greedy:
             return torch.cat([one_hot(p.argmax(-1), p.shape[-1]) for p in probs], -1)
-        draws = [draw(torch.rand, p.shape[:-1], p.device) for p in probs]
-        return torch.cat(list(map(sample_one_hot, probs, draws)), -1)
+        uniforms = [draw(torch.rand, p.shape[:-1], p.device) for p in probs]
+        return torch.cat(list(map(sample_one_hot, probs, uniforms)), -1)
 
     def log_prob(self, action):
         """(..., A) -> (...)."""
@@ -362,7 +362,7 @@ def linear_layer(in_dim, out_dim, outscale=1.0, kind=nn.Linear):
 
 
 class TwoHotLinear(nn.Linear):
-    """Last layer of reward and critic: (..., in) -> (..., V), V odd. It drops one output more.
+    """Last layer of reward and critic: (..., in) -> (..., V), V odd. It computes V + 1, drops one.
 
     Libraries add up a batch in another order in columns that do not fill a vector register. With an
     odd number of them, mirrored bins, which learn the same at first, would soon differ by a
@@ -584,11 +584,11 @@ class Decoder(nn.Module):
 
 
 class StepLinear(torch.autograd.Function):
-    """Gradient of the weight in y[t] = x[t] @ weight + addend[t], a loop over t, as one product.
+    """For a loop y[t] = x[t] @ weight + addend[t]: the gradient of the weight as one product.
 
     `apply(weight, addend, inputs)` returns the addend (T, ...). The loop uses weight.detach() and
-    appends every x[t] to the list `inputs`. The backward pass then has every x[t] and dy[t]: the
-    gradient is sum_t x[t].T @ dy[t]: one large product is faster than T small ones.
+    appends every x[t] to the list `inputs`. The backward pass then computes sum_t x[t].T @ dy[t]:
+    one large product is faster than T small ones.
     """
 
     @staticmethod
@@ -726,8 +726,8 @@ class RSSM(nn.Module):
             layers[name] = weight.detach(), addends
         states, steps = [], zip(keep, noise.transpose(0, 1), action_embed, strict=True)
         for t, step in enumerate(steps):
-            now = {name: (weight, addends[t]) for name, (weight, addends) in layers.items()}
-            *state, inputs_t = self.observe_step(deter, stoch, *step, now)
+            layers_t = {name: (weight, addends[t]) for name, (weight, addends) in layers.items()}
+            *state, inputs_t = self.observe_step(deter, stoch, *step, layers_t)
             deter, stoch, _ = state
             states.append(state)
             for name, x in inputs_t.items():
@@ -897,12 +897,12 @@ def actor_critic_loss(model, feat, action, args):
         returns = lambda_return(reward, value, cont, torch.zeros_like(cont), args.return_lambda)
 
         # Return range S (Eq. 7), over the whole batch. A range below 1 counts as 1. [D17]
-        everyone = returns
+        all_returns = returns
         if WORLD_SIZE > 1:  # the returns of all processes, as the sum of what each fills in
-            everyone = returns.new_zeros(WORLD_SIZE, *returns.shape)
-            everyone[RANK] = returns
-            dist.all_reduce(everyone)
-        percentiles = torch.stack([torch.quantile(everyone, q) for q in (0.05, 0.95)])
+            all_returns = returns.new_zeros(WORLD_SIZE, *returns.shape)
+            all_returns[RANK] = returns
+            dist.all_reduce(all_returns)
+        percentiles = torch.stack([torch.quantile(all_returns, q) for q in (0.05, 0.95)])
         model.return_range.lerp_(percentiles, args.return_rate)
         low, high = model.return_range.clone()
         return_scale = (high - low).clamp(min=1)
@@ -998,7 +998,7 @@ def to_device(arrays, device):
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory: page faults take half the time of an update on images."""
+    """Have glibc keep freed memory: otherwise page faults are half of an update on images."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         mmap_max, trim_threshold = -4, -1  # names of glibc's malloc.h
         libc.mallopt(mmap_max, 0)
@@ -1044,7 +1044,7 @@ class CudaGraph:
     def record(self, key, inputs):
         """Capture the function for inputs like these. Raises UserError if that fails.
 
-        A run cannot go on after that: before torch 2.13, random draws then raise errors.
+        The run then ends: before torch 2.13, random draws raise errors after a failed capture.
         """
         static, graph = tree_map_only(torch.Tensor, torch.clone, inputs), torch.cuda.CUDAGraph()
         try:
@@ -1059,8 +1059,8 @@ class CudaGraph:
 class Agent:
     """The networks with their optimizer: `act` in the environment, `train_step` on replay.
 
-    dtype: the type of matrix products and convolutions in an update; one action is not faster in
-    bfloat16. [D23]
+    dtype: the type of matrix products and convolutions in an update. Acting is float32: one action
+    is not faster in bfloat16. [D23]
     """
 
     def __init__(self, args, spaces, device="cpu", dtype=torch.float32):
@@ -1073,8 +1073,8 @@ class Agent:
         self.model = Dreamer(args, spaces).to(self.device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.params, args)
-        low = dtype == torch.bfloat16
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=low, cache_enabled=False)
+        mixed = dtype == torch.bfloat16
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=mixed, cache_enabled=False)
         self.behaviour_loss = actor_critic_loss
         if args.compile:
             self.compile()
@@ -1272,8 +1272,8 @@ class Replay:
             self.online += 1
             if window * self.window >= self.oldest:
                 starts.append((env, window * self.window))
-        draws = torch.randint(len(self), (WORLD_SIZE, self.batch_size - len(starts)))  # as `draw`
-        for i in draws[RANK].tolist():
+        picks = torch.randint(len(self), (WORLD_SIZE, self.batch_size - len(starts)))  # as `draw`
+        for i in picks[RANK].tolist():
             starts.append((i % self.num_envs, self.oldest + i // self.num_envs))
         envs, first = np.array(starts).T[:, :, None]  # (B, 1) each
         rows = (first + np.arange(self.window)) % self.length  # (B, T+1)
@@ -1301,7 +1301,7 @@ class Replay:
 tell = functools.cache(print)  # says the same thing once
 
 
-def leave_signals(env):
+def worker_signals(env):
     """In a process of --async-envs: ignore Ctrl-C, as the main one handles it; end at SIGTERM."""
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1344,7 +1344,7 @@ def make_envs(args, num_envs, video=None):
     elif args.async_envs and not video:
         # (Shared memory would cast values of a wrong type or shape without a word.)
         mode, options = "async", {"shared_memory": False}
-        wrappers.append(leave_signals)
+        wrappers.append(worker_signals)
     try:
         if atari and kwargs.get("stack_num", 1) < 1:
             raise ValueError("stack_num must be at least 1")  # ale-py would wait forever
@@ -1381,14 +1381,14 @@ def encode_vector(value, space):
 def encode_image(image):
     """(n, ...) uint8 -> (n, 64, 64, C) uint8, resized by averaging areas.
 
-    One image may be (h, w), (h, w, C), (C, h, w) or a stack (k, h, w, C), which gets k*C channels.
+    One image may be (h, w), (h, w, C) or (C, h, w). A stack of k of the last two gets k*C channels.
     """
     if image.ndim == 3:
         image = image[..., None]
-    elif image.ndim == 5:
+    if image.shape[-3] < min(image.shape[-2:]):  # the smallest is the colour
+        image = np.moveaxis(image, -3, -1)
+    if image.ndim == 5:
         image = np.moveaxis(image, 1, -2).reshape(len(image), *image.shape[2:4], -1)
-    elif image.shape[1] < image.shape[3]:  # the smaller end is the colour
-        image = np.moveaxis(image, 1, -1)
     if image.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE):
         return image
     x = torch.from_numpy(np.ascontiguousarray(image)).permute(0, 3, 1, 2).float()
@@ -1451,7 +1451,7 @@ class Environments:
             self.arrive(self.envs.reset(seed=self.seed)[0], zeros, ~zeros, zeros, zeros)
 
     def step(self, action):
-        """Carry out action vectors (n, A): [(environment, return, length)] of ended episodes.
+        """Carry out action vectors (n, A): [(environment, return, length)] of episodes to report.
 
         After an end, the next step leads to the next episode's first observation.
         """
@@ -1462,9 +1462,9 @@ class Environments:
             self.arrive(obs, reward, self.entry["is_last"], *(x.astype(bool) for x in ends))
         self.returns += self.entry["reward"]
         self.lengths += ~self.entry["is_first"]
-        ended = self.entry["is_last"] | (self.lengths >= self.longest_episode)
-        episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)]
-        self.returns[ended] = self.lengths[ended] = 0
+        due = self.entry["is_last"] | (self.lengths >= self.longest_episode)
+        episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(due)]
+        self.returns[due] = self.lengths[due] = 0
         return episodes
 
     def arrive(self, obs, reward, is_first, terminal, truncated):
@@ -1509,7 +1509,7 @@ class Environments:
 
         Raises UserError if the video, which is written now, cannot be.
         """
-        waiting = isinstance(self.envs, gym.vector.AsyncVectorEnv)  # for an answer, without end
+        waiting = isinstance(self.envs, gym.vector.AsyncVectorEnv)  # its workers may never answer
         try:
             self.envs.close(**({"timeout": 5} if waiting else {}))
         except Exception as error:
@@ -1635,7 +1635,7 @@ class Trainer:
             self.replay.readable_from = first.item()
 
     def collect_and_train(self):
-        """One step of every environment and the updates due: episodes as of `Environments.step`."""
+        """Step every environment and make the updates due. Returns as `Environments.step`."""
         entry = self.envs.entry
         self.carry = self.agent.act(to_device(entry, self.agent.device), self.carry)
         *state, action = self.carry
@@ -1684,7 +1684,7 @@ def evaluate(agent, args, episodes, video=None, stop=()):
     num_envs = 1 if video else min(episodes, 8)
     remaining = np.bincount(np.arange(episodes) % num_envs)
     envs, returns = Environments(args, num_envs, args.seed + 10_000, video), []
-    with contextlib.closing(envs), torch.random.fork_rng(agent.gpus):  # the run's stay as they are
+    with contextlib.closing(envs), torch.random.fork_rng(agent.gpus):  # keeps the run's draws
         envs.reset()
         carry = agent.initial(num_envs)
         while remaining.any() and not stop:
@@ -1709,8 +1709,8 @@ class Player:
         player = Player("runs/RUN")  # or a checkpoint.pt
         action = player(observation, first=True)  # `first` where an episode begins
 
-    It keeps the recurrent state: take one Player for each environment, or batch of them. changes:
-    Args in place of the run's. Raises UserError as `load_checkpoint`.
+    It keeps the recurrent state: take one Player for each environment, or batch of them. `changes`
+    are Args to set anew. Raises UserError as `load_checkpoint`.
     """
 
     def __init__(self, path, greedy=True, device="cpu", **changes):
@@ -1722,11 +1722,11 @@ class Player:
         self.agent.load_state_dict(self.checkpoint["agent"])
 
     def __call__(self, observation, first=False):
-        """The action for an observation; n actions for n of them (in every array) with n flags."""
+        """The action for one observation; n actions for a batch (arrays of n) with n flags."""
         batched, is_first = np.ndim(first) > 0, np.atleast_1d(first).astype(bool)
         if not batched:
-            is_array = lambda x: isinstance(x, list)
-            observation = tree_map(lambda x: np.asarray(x)[None], observation, is_leaf=is_array)
+            is_list = lambda x: isinstance(x, list)
+            observation = tree_map(lambda x: np.asarray(x)[None], observation, is_leaf=is_list)
         parts = encode(self.envs.envs.single_observation_space, observation)
         obs = {name: x for name, _, x in parts} | {"is_first": is_first}
         if self.carry is None or len(self.carry[0]) != len(is_first):
@@ -1738,11 +1738,11 @@ class Player:
 
 def evaluate_checkpoint(args, device, stop):
     """--evaluate: play with a run's networks in its environment. Gives the returns."""
-    kept = "evaluate eval_episodes eval_sample capture_video seed cuda cudagraphs".split()
+    kept = "evaluate eval_episodes eval_sample capture_video seed".split()
+    kept += "torch_deterministic cuda cudagraphs".split()
     for name, value in asdict(args).items():
         if name not in [*kept, "compile"] and value != getattr(Args, name):
-            flag = name.replace("_", "-")
-            raise UserError(f"--evaluate takes --{flag} from the run: leave it out")
+            raise UserError(f"--evaluate takes no --{name}: leave it out".replace("_", "-"))
     player = Player(args.evaluate, device=device, **{name: getattr(args, name) for name in kept})
     args, checkpoint = player.args, player.checkpoint
     returns = evaluate(player.agent, args, args.eval_episodes, stop=stop)
@@ -1757,17 +1757,17 @@ def evaluate_checkpoint(args, device, stop):
 
 @torch.compiler.set_stance("force_eager")  # too rare to be worth compiling
 @torch.no_grad()
-def open_loop(model, steps, seen):
+def open_loop(model, batch, seen):
     """What the model predicts for T replayed steps of which it sees the first `seen`.
 
-    From then on the prior takes the posterior's place, with the recorded actions. steps as in
+    From then on the prior takes the posterior's place, with the recorded actions. batch as in
     `Agent.loss`. Returns reconstructions as of `Decoder.forward`: dict of (B, T, ...).
     """
-    deter, stoch, _ = model.observe(steps)
+    deter, stoch, _ = model.observe(batch)
     states = list(zip(deter[:, :seen].unbind(1), stoch[:, :seen].unbind(1), strict=True))
     layers = model.rssm.layers()
     for t in range(seen, deter.shape[1]):
-        states.append(model.rssm.imagine_step(*states[-1], steps["prev_action"][:, t], layers))
+        states.append(model.rssm.imagine_step(*states[-1], batch["prev_action"][:, t], layers))
     return model.decoder(*(torch.stack(x, 1) for x in zip(*states, strict=True)))
 
 
@@ -1778,17 +1778,17 @@ def report(trainer, path):
     image, which is also written to `path`; None without images.
     """
     trainer.finish_update()
-    agent, steps, seen = trainer.agent, trainer.batch, trainer.args.batch_length // 2
+    agent, batch, seen = trainer.agent, trainer.batch, trainer.args.batch_length // 2
     with torch.random.fork_rng(agent.gpus):  # the run goes on undisturbed
-        recon = open_loop(agent.model, steps, seen)
-    losses = agent.model.decoder.losses(recon, steps)
-    same_episode = steps["is_first"][:, seen:].cumsum(1) == 0  # nobody can predict the next one
+        recon = open_loop(agent.model, batch, seen)
+    losses = agent.model.decoder.losses(recon, batch)
+    same_episode = batch["is_first"][:, seen:].cumsum(1) == 0  # nobody can predict the next one
     metrics = {f"dreams/{k}": loss[:, seen:][same_episode].mean() for k, loss in losses.items()}
     if not agent.spaces.images:
         return metrics, None
     name, _ = agent.spaces.images[0]
     prediction = recon[name].clamp(0, 1).cpu().numpy()  # variants/ do not bound it
-    picture = film_strip(steps[name].cpu().numpy() / 255, prediction, seen)
+    picture = film_strip(batch[name].cpu().numpy() / 255, prediction, seen)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(png(picture))
     return metrics, picture
@@ -1877,7 +1877,7 @@ def load_checkpoint(path):
 # ---- 14. Main ------------------------------------------------------------------------------------
 
 
-HUGE = 2**62  # not infinity, which would overflow later
+HUGE = 10**11  # not infinity: sizes and times would overflow
 LIMITS = {  # least and largest value of numbers; of others, 0 and HUGE
     "action_repeat total_timesteps num_envs batch_size log_every save_every": (1, HUGE),
     "stoch blocks deter hidden depth units imag_horizon": (1, HUGE),
@@ -1886,7 +1886,7 @@ LIMITS = {  # least and largest value of numbers; of others, 0 and HUGE
     "laprop_eps": (1e-30, 1),
     "classes": (2, 256),
     "batch_length": (2, HUGE),
-    "seed": (0, 2**31),
+    "seed": (0, 10**9),
 }
 
 
@@ -1901,10 +1901,8 @@ def check_args(args):
         if type(value) in (int, float) and not least <= value <= most:  # nor may it be nan
             text = f"at least {least}" if most == HUGE else f"in [{least}, {most}]"
             raise UserError(f"--{name} must be {text}, not {value}".replace("_", "-"))
-    deter = values["deter"]
-    if deter % args.blocks or deter % 8:
-        divisor = 8 if deter % 8 else f"--blocks {args.blocks}"
-        raise UserError(f"--deter {deter} must be divisible by {divisor}")
+    if (deter := values["deter"]) % math.lcm(8, args.blocks):
+        raise UserError(f"--deter {deter} must be divisible by 8 and by --blocks {args.blocks}")
     if args.action_repeat > 1 and args.env_id.split(":")[-1].startswith("ALE/"):
         raise UserError("--action-repeat: Atari has its own, --env-kwargs '{\"frameskip\": 4}'")
     if args.evaluate and WORLD_SIZE > 1:

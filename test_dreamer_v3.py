@@ -1282,6 +1282,8 @@ CASES = {
     "grey_last": (box(0, 255, (64, 64, 1), np.uint8), PAIR),
     "channels_first": (box(0, 255, (3, 40, 40), np.uint8), PAIR),
     "stacked": (box(0, 255, (4, 30, 30, 3), np.uint8), PAIR),
+    "stacked_first": (box(0, 255, (4, 3, 30, 30), np.uint8), PAIR),
+    "board": (box(0, 255, (7, 7, 20), np.uint8), PAIR),
     "big": (box(0, 255, (210, 160, 3), np.uint8), PAIR),
     "sensors": (SENSORS, PAIR),
     "nested": (NESTED, PAIR),
@@ -1438,7 +1440,10 @@ def test_image_values():
     assert abs(mean.mean() - 100) < 2 and mean.std() < 30, "large images are averaged, not sampled"
     numbers = 10 * np.arange(4)[:, None] + np.arange(3)  # of frames and channels
     frames = np.broadcast_to(numbers[:, None, None], (4, 30, 30, 3)).astype(np.uint8)
-    assert encoded("stacked", frames)["obs"][5, 5].tolist() == numbers.flatten().tolist()
+    for case, x in {"stacked": frames, "stacked_first": np.moveaxis(frames, -1, 1)}.items():
+        assert encoded(case, x)["obs"][5, 5].tolist() == numbers.flatten().tolist()
+    board = np.broadcast_to(np.arange(20), (7, 7, 20)).astype(np.uint8)  # more planes than rows
+    assert encoded("board", board)["obs"][9, 9].tolist() == list(range(20))
 
 
 def test_values_by_name():
@@ -1474,7 +1479,8 @@ def test_values_by_name():
 def test_atari(env_id, async_envs):
     """Atari is 64x64 RGB of one frame, with raw rewards, however it is asked for."""
     args = tiny(env_id=env_id, async_envs=async_envs)
-    envs = dreamer_v3.Environments(args, 2, seed=0)
+    seed = dreamer_v3.LIMITS["seed"][1] + 10**8  # evaluations and --resume count on from the flag
+    envs = dreamer_v3.Environments(args, 2, seed)
     assert envs.spaces == Spaces((("obs", 3),), (), (6,), 6)
     envs.reset()
     assert envs.entry["obs"].shape == (2, 64, 64, 3)
@@ -1788,8 +1794,8 @@ NUMBERS = """
     --train-ratio inf, --learning-rate nan, --learning-rate -1e-4, --gamma 1.01, --gamma -0.5,
     --unimix 1.5, --tau 2, --beta2 1, --beta-rep -0.1, --laprop-eps 0, --num-envs 0,
     --total-timesteps 0, --imag-horizon 0, --batch-length 1, --batch-size 0, --buffer-size 10,
-    --seed -1, --seed 99999999999, --save-every 0, --eval-every -5, --report-every -1,
-    --action-repeat 0
+    --seed -1, --seed 1000000001, --total-timesteps 1000000000000, --save-every 0, --eval-every -5,
+    --report-every -1, --action-repeat 0
 """
 ERRORS |= {case: (case.split()[0], f"+ {case}") for case in map(str.strip, NUMBERS.split(","))}
 
@@ -2403,6 +2409,11 @@ def test_deterministic_kernels(tmp_path, monkeypatch):
             assert torch.are_deterministic_algorithms_enabled() == wanted
             memory = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
             assert memory == (":4096:8" if wanted else None)
+            torch.use_deterministic_algorithms(not wanted)
+            (run,) = Path(folder).iterdir()
+            words = dict(eval_episodes=1, cuda=False, torch_deterministic=wanted)
+            dreamer_v3.main(Args(evaluate=str(run), **words))
+            assert torch.are_deterministic_algorithms_enabled() == wanted
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -3058,7 +3069,7 @@ def test_signals_of_workers():
     def worker(number):
         for known in (signal.SIGINT, signal.SIGTERM):
             signal.signal(known, lambda *args: os._exit(3))
-        assert dreamer_v3.leave_signals("env") == "env"
+        assert dreamer_v3.worker_signals("env") == "env"
         os.kill(os.getpid(), number)
         os._exit(7)
 
@@ -3068,7 +3079,7 @@ def test_signals_of_workers():
         process.join(20)
         assert process.exitcode == code
     before = signal.getsignal(signal.SIGINT)
-    assert dreamer_v3.leave_signals("env") == "env" and signal.getsignal(signal.SIGINT) == before
+    assert dreamer_v3.worker_signals("env") == "env" and signal.getsignal(signal.SIGINT) == before
 
 
 @slow

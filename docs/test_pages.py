@@ -133,7 +133,7 @@ def test_readme_encoder(tmp_path, monkeypatch):
 
 def test_readme_normaliser(tmp_path, monkeypatch):
     """The README's other normaliser trains, and the range is mean -+ deviation."""
-    readme_diff("everyone.std()", tmp_path)
+    readme_diff("all_returns.std()", tmp_path)
     module = load_module(tmp_path / "dreamer_v3.py", monkeypatch)
     args = replace(tiny(), return_rate=1.0)
     agent = module.Agent(module.Args(**vars(args)), VECTOR)
