@@ -3583,7 +3583,8 @@ dreamer_v3.dist.destroy_process_group()
 
 def test_processes_resume_exactly(tmp_path):
     """Group L: N + M updates are N updates, two new processes, and M updates, bit for bit."""
-    settings = dict(env_id="TestCounting-v0", num_envs=4, run_dir=str(tmp_path), dtype="float32")
+    settings = dict(env_id="TestCounting-v0", num_envs=4, total_timesteps=80, dtype="float32")
+    settings |= dict(run_dir=str(tmp_path))
     finish(start_two(str(settings), code=PROCESSES))
     other = tmp_path / "other"
     (folder,) = set(tmp_path.iterdir()) - {other}
