@@ -1779,7 +1779,13 @@ class Painted(gym.Env):
         return np.full((96, 128, 3), self.t, np.uint8)
 
 
-gym.register("TestPainted-v0", entry_point=Painted)
+def same_step(num_envs, **kwargs):
+    """Vector environment that returns the first observation of an episode in place of the last."""
+    make, mode = lambda: Painted(**kwargs), gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+
+
+gym.register("TestPainted-v0", entry_point=Painted, vector_entry_point=same_step)
 
 
 def test_pixels(tmp_path):
@@ -1792,6 +1798,9 @@ def test_pixels(tmp_path):
         assert (envs.entry["obs"] == np.full((2, 64, 64, 3), 2 * t)).all()
         envs.step(np.eye(2, dtype=np.float32))
     assert short_run(dreamer_v3, tmp_path, **vars(args)).exists()
+    # The environment's own vector version is refused, its single one is not.
+    args = replace(args, pixels=False, action_repeat=1, async_envs=True)
+    dreamer_v3.Environments(args, 1, seed=1).close()
 
 
 def test_command_line_trains_and_evaluates(tmp_path):
@@ -1850,6 +1859,7 @@ ERRORS = {
     ),
     "deprecated": ("Taxi-v4", "--env-id Taxi-v3"),
     "no picture to render": ("render", "--pixels " + CASE.format("vector")),
+    "last observation lost": ("NEXT_STEP", "--env-id TestPainted-v0 --total-timesteps 9"),
     "first step fails": ("simulator broke", "--env-id TestBroken-v0 --run-dir new"),
     "no checkpoint": ("no_such_checkpoint.pt", "--evaluate no_such_checkpoint.pt"),
     "evaluate a folder": ("folder", "--evaluate folder"),
@@ -2244,32 +2254,30 @@ def test_mutation(name, tmp_path, monkeypatch):
 # ---- I. Speed: what is captured, what is measured ------------------------------------------------
 
 
-class Ops(TorchDispatchMode):
-    """Notes the name of every operation."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
+class OnDevice(TorchDispatchMode):
+    """Fails at an operation that takes a tensor of the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        assert all(x.device.type == "meta" for x in tensors), f"{func} takes a tensor of the host"
         return func(*args, **(kwargs or {}))
 
 
-WAITING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"}
-
-
 @pytest.mark.parametrize("spaces", [MIXED, CONTINUOUS], ids=["mixed", "continuous"])
-def test_no_host_synchronisation(spaces):
-    """Group I: neither an update nor an action reads a value of the device on the host."""
-    agent = make_agent(spaces)
-    batch = make_batch(spaces, agent.args)
+def test_no_host_synchronisation(spaces, monkeypatch):
+    """Group I: an update and an action neither read the device nor send anything to it.
+
+    A tensor on "meta" has a shape and no values: item, tolist, cpu, a mask as index and `if` fail.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # unknown to "meta"
+    agent = Agent(tiny(), spaces, "meta")
+    batch = {name: x.to("meta") for name, x in make_batch(spaces, agent.args).items()}
     names = [name for name, *_ in spaces.images + spaces.vectors] + ["is_first"]
-    with Ops() as ops:
+    obs = {name: batch[name][:, 0] for name in names}
+    with OnDevice():
         agent.train_step(batch)
-        agent.act({name: batch[name][:, 0] for name in names}, agent.initial(3))
-    assert len(ops.names) > 50
-    assert not ops.names & WAITING
+        agent.act(obs, agent.initial(3))
 
 
 def fake_graph(patch, function, agent):
@@ -2677,31 +2685,39 @@ def test_replay_must_be_whole(damage, tmp_path):
     assert content() == before
 
 
-def test_resume_refuses_changes(tmp_path):
-    """Group J: what a run is made of stays; each refusal names the flag."""
+# Flags that a resumed run may have otherwise (and --track, --capture-video, tested elsewhere).
+FREE = dict(
+    total_timesteps=60, eval_every=7, eval_episodes=2, eval_sample=True, log_every=3, save_every=11,
+    report_every=0, wandb_project_name="b", wandb_entity="b", cuda=True, dtype="bfloat16",
+    compile=True, cudagraphs=False, torch_deterministic=True, async_envs=True, run_dir="elsewhere",
+)  # fmt: skip
+
+
+def test_resume_refuses_changes(tmp_path, monkeypatch):
+    """Group J: what a run is made of stays; each refusal names the flag. The rest may change."""
+    monkeypatch.chdir(tmp_path)
     folder, args = train_short(tmp_path, eval_episodes=1)
     args, lines = replace(args, resume=str(folder)), read_metrics(folder)
     assert dreamer_v3.main(args) is None, "a complete run has nothing to do"
     assert read_metrics(folder) == lines
     args.total_timesteps = 60
-    for name, value in dict(
-        size="12m", env_id="CartPole-v1", num_envs=2, batch_size=3, buffer_size=500, gamma=0.9,
-        seed=2, deter=64, train_ratio=1.0, action_repeat=2,
-    ).items():  # fmt: skip
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
-            dreamer_v3.main(replace(args, **{name: value}))
-    names = [field.name for field in fields(Args)]
-    for name in names[names.index("stoch") :]:  # all flags of networks, losses and optimizer
+    other = dict(preset="cpu", exp_name="b", env_id="b", env_kwargs="[]", size="12m")
+    other |= dict(pixels=True, warmup_updates=7)
+    for name in vars(args).keys() - {*FREE, "resume", "evaluate", "track", "capture_video"}:
         old = getattr(args, name)
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
-            dreamer_v3.main(replace(args, **{name: old / 2 if isinstance(old, float) else old + 1}))
-    with pytest.MonkeyPatch.context() as patch:
+        new = other.get(name) or (old / 2 if isinstance(old, float) else old * 2)
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is {old} in this run"):
+            dreamer_v3.main(replace(args, **{name: new}))
+    with monkeypatch.context() as patch:
         patch.setattr(Counting, "action_space", gs.Discrete(4))
         with pytest.raises(UserError, match="spaces"):
             dreamer_v3.main(args)
     assert read_metrics(folder) == lines
-    dreamer_v3.main(args)
-    assert read_checkpoint(folder)["step"] == 60
+    monkeypatch.setattr(Agent, "compile", lambda agent: None)  # takes long
+    dreamer_v3.main(replace(args, **FREE))
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint["step"] == 60 and vars(checkpoint["args"]).items() >= FREE.items()
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def broken(obs):
