@@ -37,6 +37,7 @@ import copy
 import ctypes
 import datetime
 import functools
+import gc
 import importlib
 import io
 import json
@@ -232,7 +233,7 @@ def twohot_loss(logits, target, bins):
     space; beyond the ends, all weight is on the end bin.
     """
     logits, target = f32(logits), target.detach().clamp(bins[0], bins[-1]).contiguous()
-    above = torch.searchsorted(bins, target, right=True).clamp(max=len(bins) - 1)
+    above = torch.searchsorted(bins, target, right=True).clamp(1, len(bins) - 1)
     below = above - 1
     weight = (bins[above] - target) / (bins[above] - bins[below])  # of the bin below
     chosen = logits.gather(-1, torch.stack([below, above], -1))  # (..., 2)
@@ -1047,12 +1048,16 @@ class CudaGraph:
         The run then ends: before torch 2.13, random draws raise errors after a failed capture.
         """
         static, graph = tree_map_only(torch.Tensor, torch.clone, inputs), torch.cuda.CUDAGraph()
+        gc.collect()  # to free a graph or a kernel while another graph is recorded would spoil it
+        gc.disable()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 outputs = self.function(*static)
         except RuntimeError as error:  # an error inside comes first; the end then fails, too
             cause = first_line(error.__context__ or error)
             raise UserError(f"cannot capture a CUDA graph: {cause}; try --no-cudagraphs") from error
+        finally:
+            gc.enable()
         self.graphs[key] = graph, tree_leaves(static), outputs
 
 

@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
 # First look at the CUDA path, in the project's root, half an hour at most:
-#     bash results/gpu_first_minutes.sh [env exact vector image bench run]
+#     bash results/gpu_first_minutes.sh [env exact vector image run]
 # Each stage prints its exit status, its seconds and its last lines; a failure stops nothing.
+# The lent machine lacks packages: download gymnasium, farama-notifications, tyro, docstring-parser, typeguard and ale-py as its
+# README says (Python 3.12), carry .whl, install them first in each call. A call has 600 s, so take four, less than 30 s apart:
+# `env exact` (580 s at most), `vector` (460), `image` (560), `run` (570). The whole logs come back as one file in $OUT.
 [ -f dreamer_v3.py ] || { echo "run this where dreamer_v3.py is"; exit 1; }
 export PY=${PYTHON:-python3} T=$(mktemp -d) PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
-want=" ${*:-env exact vector image bench run} " bench=(-c 'import sys; sys.path.insert(0, "results"); import benchmark as b; b.benchmark(b.parse(), 15)')
+want=" ${*:-env exact vector image run} " bench=(-c 'import sys; sys.path.insert(0, "results"); import benchmark as b; b.benchmark(b.parse(), 15)')
 stage() {  # name, limit in seconds, command: prints its exit status, duration and last lines; a failure stops nothing
   [[ $want == *" ${1%%_*} "* ]] || return; local start=$SECONDS
   timeout -k 5 "$2" "${@:3}" >"$T/$1.log" 2>&1; echo "== $1: exit $?, $((SECONDS - start)) s"
   tr '\r' '\n' <"$T/$1.log" | grep -v '^$' | tail -n 26 | cut -c1-220
+  cat "$T/$1.log" >>"${OUT:-$T}/log"
 }
 cat >"$T/check.py" <<'PYTHON'
 import sys, time, traceback, numpy as np, torch, dreamer_v3 as d
 image, dtype, cuda = sys.argv[1] == "image", getattr(torch, sys.argv[2]), torch.device("cuda")
+torch.backends.cudnn.deterministic = True  # otherwise its gradients need not repeat bit by bit
 spaces, args = d.Spaces((("obs", 3),), (), (9,), 9) if image else d.Spaces((), (("obs", 4, ()),), (2,), 2), d.Args(size="12m" if image else "1m", warmup_updates=0)
 def check(name, f):
     try: good, text = f()
@@ -48,7 +53,7 @@ def production():  # as in a run: compiled, captured, sampled
         return [x.clone() for x in torch.utils._pytree.tree_leaves([update(g, i) for i in range(3)]) + state()]
     check("replays repeat bit by bit", lambda: (all(x := [torch.equal(*p) for p in zip(replays(), replays())]), f"{sum(x)} of {len(x)} tensors"))
     def imagined(n=1024):  # what a captured, compiled step draws beside its probabilities, in standard errors
-        m, w = g.model, g.model.rssm.layers(); step = d.CudaGraph(lambda *x: m.rssm.imagine_step(*x, w)); x = [step(*g.initial(n)) for _ in range(20)][4:]
+        m, w = g.model, g.model.rssm.layers(); step = d.CudaGraph(lambda *x: m.imagine_step(*x, w)[:2]); x = [step(*g.initial(n)) for _ in range(20)][4:]
         p = d.mixed_probs(m.rssm.prior(x[-1][0][:1]), args.unimix)[0].double(); f = torch.stack([y[1] for y in x]).double().mean((0, 1))
         return (z := ((f - p) / (p * (1 - p) / (16 * n)).sqrt()).abs().max().item()) < 5.5 and not torch.equal(x[0][1], x[1][1]), z
     check("frequencies of imagined samples", torch.no_grad()(imagined)); used, host = torch.cuda.memory_allocated, arrays(0); g.train_step(b); before = used()
@@ -63,7 +68,9 @@ exact() if dtype == torch.float32 else production()
 PYTHON
 stage env 60 $PY -c 'import torch, triton, dreamer_v3 as d; print(torch.__version__, triton.__version__, torch.cuda.get_device_name()); torch.compile(torch.sin)(torch.zeros(8, device="cuda")); print("torch.compile works")'
 stage exact 220 $PY "$T/check.py" vector float32; stage exact_image 300 $PY "$T/check.py" image float32
-stage vector 220 $PY "$T/check.py" vector bfloat16; stage image 280 $PY "$T/check.py" image bfloat16
-stage bench_vector 150 $PY "${bench[@]}" --env-id CartPole-v1 --size 1m; stage bench_image 170 $PY "${bench[@]}" --env-id ALE/MsPacman-v5
-stage run 200 bash -c 'r="--run-dir $T/runs --env-id CartPole-v1 --size 1m --num-envs 4 --train-ratio 512 --eval-every 1500 --eval-episodes 8 --report-every 1500 --save-every 500"; $PY dreamer_v3.py $r --total-timesteps 2500 | tail -6
-  again="timeout -s KILL 30 $PY dreamer_v3.py --resume $(echo $T/runs/*) --total-timesteps 900000"; $again | tail -2; ${again/KILL/INT} | tail -3; tail -n 1 $T/runs/*/metrics.jsonl'
+stage vector 220 $PY "$T/check.py" vector bfloat16; stage vector_speed 240 $PY "${bench[@]}" --env-id CartPole-v1 --size 1m
+stage image 280 $PY "$T/check.py" image bfloat16; stage image_speed 280 $PY "${bench[@]}" --env-id ALE/MsPacman-v5
+stage run 320 bash -c 'r="--run-dir $T/runs --env-id CartPole-v1 --size 1m --num-envs 4 --train-ratio 512 --eval-every 1500 --eval-episodes 8 --report-every 1500 --save-every 500"; $PY dreamer_v3.py $r --total-timesteps 2500 | tail -6
+  again="timeout -s KILL 60 $PY dreamer_v3.py --resume $(echo $T/runs/*) --total-timesteps 900000"; $again | tail -2; ${again/KILL/INT} | tail -3; tail -n 1 $T/runs/*/metrics.jsonl'
+stage run_more 250 bash -c '$PY dreamer_v3.py --evaluate $T/runs/* --eval-episodes 8 | tail -2
+  $PY dreamer_v3.py --run-dir $T/one --env-id CartPole-v1 --size 1m --torch-deterministic --train-ratio 512 --total-timesteps 1500 --eval-episodes 8 | tail -4'
