@@ -47,7 +47,8 @@ def exact():  # float32, the most likely classes for samples: CPU, GPU, compiled
 def production():  # as in a run: compiled, captured, sampled
     g, start, b = agent(True), time.time(), d.to_device(arrays(0), cuda); state = lambda: [*g.model.state_dict().values(), *g.optimizer.state]
     check("6 updates near eager ones, other samples", lambda: ((x := gap(losses(g, 6), losses(agent(False), 6))) < 0.3, f"{x:.2f}, {time.time() - start:.0f} s"))
-    check("replays differ", lambda: (not torch.equal(g.train_step(b)[2], g.train_step(b)[2]), ""))
+    mirrored = lambda: [torch.equal(x[:60], x[-60:].flip(0)) for x in g.model.parameters() if len(x) == 255]  # all that heads of bins have
+    check("bins that no target came near are mirror images", lambda: (len(x := mirrored()) == 6 and all(x), x)); check("replays differ", lambda: (not torch.equal(g.train_step(b)[2], g.train_step(b)[2]), ""))
     def replays(kept=[x.clone() for x in state()], rng=torch.cuda.get_rng_state()):
         [x.copy_(y) for x, y in zip(state(), kept)]; torch.cuda.set_rng_state(rng)
         return [x.clone() for x in torch.utils._pytree.tree_leaves([update(g, i) for i in range(3)]) + state()]
