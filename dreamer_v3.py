@@ -1303,7 +1303,7 @@ class Replay:
 
 # ---- 12. Environments ----------------------------------------------------------------------------
 
-tell = functools.cache(print)  # says the same thing once
+tell = functools.cache(print)  # prints each text only once
 
 
 def worker_signals(env):
@@ -1320,18 +1320,19 @@ def make_envs(args, num_envs, video=None):
     Raises UserError if it cannot be made.
     """
     try:
-        kwargs = dict(json.loads(args.env_kwargs).items())
-    except (ValueError, AttributeError, RecursionError) as error:
+        kwargs = {**json.loads(args.env_kwargs)}
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--env-kwargs must be a JSON object, not {args.env_kwargs}") from error
     gym.logger.min_level = 50  # silent: what matters is raised
     warnings.filterwarnings("ignore", module="gymnasium")
     wrappers, atari = [], args.env_id.split(":")[-1].startswith("ALE/")
     if atari:
         import_optional("ale_py", "gymnasium[atari]")  # registers its environments
+        if args.action_repeat > 1:
+            raise UserError("--action-repeat: Atari has its own, --env-kwargs '{\"frameskip\": 4}'")
     if video:
         kwargs["render_mode"] = "rgb_array"
-        record = dict(video_folder=str(video), episode_trigger=lambda episode: True)
-        wrappers.append(lambda env: gym.wrappers.RecordVideo(env, **record))
+        wrappers.append(lambda env: gym.wrappers.RecordVideo(env, video_folder=str(video)))
     elif atari:
         # The C++ environment takes the maximum over two frames and resizes (the plain one, of
         # videos, does not). Rewards are not clipped; a lost life does not end an episode.
@@ -1344,7 +1345,7 @@ def make_envs(args, num_envs, video=None):
         kwargs["render_mode"] = "rgb_array"
         wrappers.append(gym.wrappers.AddRenderObservation)
     mode, options = "sync", {}
-    if atari and not video or not (args.async_envs or wrappers):
+    if (atari and not video) or not (args.async_envs or wrappers):
         mode = None  # the environment's own vector version, if it has one
     elif args.async_envs and not video:
         # (Shared memory would cast values of a wrong type or shape without a word.)
@@ -1376,11 +1377,10 @@ def encode_vector(value, space):
     if not classes:
         return value.astype(np.float32)
     index = value - np.reshape(getattr(space, "start", 0), -1)
-    if ((index < 0) | (index >= classes)).any():
+    one_hots = [i[:, None] == np.arange(n) for i, n in zip(index.T, classes, strict=True)]
+    if not all(x.any(1).all() for x in one_hots):
         raise ValueError(f"the observation {value.tolist()} is not in {space}")
-    encoded = np.zeros((len(value), sum(classes)), np.float32)
-    np.put_along_axis(encoded, index.astype(np.int64) + np.cumsum((0, *classes[:-1])), 1.0, 1)
-    return encoded
+    return np.concatenate(one_hots, 1, dtype=np.float32)
 
 
 def encode_image(image):
@@ -1451,9 +1451,10 @@ class Environments:
     def reset(self):
         """Begin an episode in every environment."""
         self.steps, n = 0, self.num_envs
-        self.returns, self.lengths, zeros = np.zeros(n), np.zeros(n, int), np.zeros(n, bool)
+        self.returns, self.lengths, no = np.zeros(n), np.zeros(n, int), np.zeros(n, bool)
         with self.faults():
-            self.arrive(self.envs.reset(seed=self.seed)[0], zeros, ~zeros, zeros, zeros)
+            obs, _ = self.envs.reset(seed=self.seed)
+            self.arrive(obs, np.zeros(n), is_first=~no, terminal=no, truncated=no)
 
     def step(self, action):
         """Carry out action vectors (n, A): [(environment, return, length)] of episodes to report.
@@ -1514,9 +1515,9 @@ class Environments:
 
         Raises UserError if the video, which is written now, cannot be.
         """
-        waiting = isinstance(self.envs, gym.vector.AsyncVectorEnv)  # its workers may never answer
+        workers = isinstance(self.envs, gym.vector.AsyncVectorEnv)  # which may never answer
         try:
-            self.envs.close(**({"timeout": 5} if waiting else {}))
+            self.envs.close(**({"timeout": 5} if workers else {}))
         except Exception as error:
             if self.video:
                 raise UserError(f"cannot write {self.video}: {first_line(error)}") from error
@@ -1530,11 +1531,12 @@ class Environments:
 class Logger:
     """Metrics to metrics.jsonl, and to TensorBoard if it is installed; from there to W&B (--track).
 
-    Locks the run's folder. Lines after byte `size` were written after the checkpoint of `step`, and
-    are dropped. A terminal shows one status line; elsewhere there is one every ten seconds.
+    Locks the run's folder. checkpoint: that of the run in `folder`, to go on with; lines written
+    after it are dropped. A terminal shows one status line, elsewhere there is one in ten seconds.
     """
 
-    def __init__(self, args, folder, step=0, size=0, seconds=0.0):
+    def __init__(self, args, folder, checkpoint=None):
+        start = checkpoint or dict(step=0, size=0, seconds=0.0)
         self.file, self.tensorboard = open(folder / "metrics.jsonl", "ab", buffering=0), None
         with contextlib.suppress(ImportError, OSError):  # no fcntl (Windows), or no locks (NFS)
             import fcntl
@@ -1543,17 +1545,17 @@ class Logger:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{folder} is in use by another process") from error
-        self.file.truncate(min(size, os.fstat(self.file.fileno()).st_size))
+        self.file.truncate(min(start["size"], os.fstat(self.file.fileno()).st_size))
         self.wandb = import_optional("wandb", "wandb") if args.track else None
         if self.wandb:
-            same = dict(id=re.sub(r"\W", "-", folder.name), name=folder.name, resume="allow")
-            same |= dict(project=args.wandb_project_name, entity=args.wandb_entity)
-            self.wandb.init(**same, config=asdict(args), sync_tensorboard=True)
+            run = dict(id=re.sub(r"\W", "-", folder.name), name=folder.name, resume="allow")
+            run |= dict(project=args.wandb_project_name, entity=args.wandb_entity)
+            self.wandb.init(**run, config=asdict(args), sync_tensorboard=True)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(folder, purge_step=step + 1)
-        self.began, self.terminal = time.time() - seconds, sys.stdout.isatty()
+            self.tensorboard = SummaryWriter(folder, purge_step=start["step"] + 1)
+        self.began, self.terminal = time.time() - start["seconds"], sys.stdout.isatty()
         self.returns, self.total = deque(maxlen=20), args.total_timesteps
         self.marks = deque(maxlen=20)  # (time, step, updates) of the last status lines
         self.rates = 0.0, 0.0  # agent steps, updates a second
@@ -1611,17 +1613,15 @@ class Trainer:
     counters = ("step", "updates", "credit", "evaluated")
 
     def __init__(self, args, envs, agent, folder, checkpoint=None):
-        self.args, self.envs, self.agent, n = args, envs, agent, args.num_envs
-        total = max(args.total_timesteps, checkpoint["step"] if checkpoint else 0) + n
-        length = math.ceil(min(args.buffer_size, total) / n)  # of each stream
+        self.args, self.envs, self.agent = args, envs, agent
         if agent.device.type == "cpu":
             keep_freed_memory()
         self.step = self.updates = self.evaluated = 0  # evaluated: step of the last evaluation
         self.updates_per_step = args.train_ratio / (args.batch_size * args.batch_length)
         self.credit = float(self.updates_per_step > 0)  # updates owed; the first one at once
-        self.starts_needed = args.batch_size // WORLD_SIZE * args.batch_length  # for training [D22]
         self.batch, self.metrics = None, {}  # of the latest update
         self.pending = None  # index and latent states of the latest update, not yet stored
+        path, written = folder / f"replay{RANK or ''}.bin", ()
         if checkpoint:
             for name in self.counters:
                 setattr(self, name, checkpoint[name])
@@ -1629,12 +1629,14 @@ class Trainer:
             torch.set_rng_state(checkpoint["random"])
             if agent.device.type == "cuda" and checkpoint["random_cuda"] is not None:
                 torch.cuda.set_rng_state(checkpoint["random_cuda"], agent.device)
+            if checkpoint["processes"] == WORLD_SIZE:  # otherwise the replay fills anew
+                written = checkpoint["replay"]
         envs.reset()
-        self.carry = agent.initial(n // WORLD_SIZE)
-        path, written = folder / f"replay{RANK or ''}.bin", ()
-        if checkpoint and checkpoint["processes"] == WORLD_SIZE:  # otherwise it fills anew
-            written = checkpoint["replay"]
+        self.carry = agent.initial(envs.num_envs)
+        total = max(args.total_timesteps, self.step) + args.num_envs
+        length = math.ceil(min(args.buffer_size, total) / args.num_envs)  # of each stream
         self.replay = Replay(path, length, envs.spaces, agent.model.rssm, args, *written)
+        self.starts_needed = self.replay.batch_size * args.batch_length  # for training [D22]
         if WORLD_SIZE > 1:  # all begin to train at the same step
             dist.all_reduce(first := torch.tensor(self.replay.readable_from), dist.ReduceOp.MAX)
             self.replay.readable_from = first.item()
@@ -1659,8 +1661,8 @@ class Trainer:
     def train(self):
         """One update. A GPU may still be busy with it when this returns: see `finish_update`."""
         batch, index = self.replay.sample()
-        batch = to_device(batch, self.agent.device)  # a GPU is still busy with the latest update
-        self.finish_update()
+        batch = to_device(batch, self.agent.device)  # while a GPU computes the latest update
+        self.finish_update()  # now: the latent states that follow may be that update's
         self.batch = batch | to_device(self.replay.read_latents(index), self.agent.device)
         self.metrics, *latents = self.agent.train_step(self.batch)
         self.pending = index, latents
@@ -1687,7 +1689,7 @@ def evaluate(agent, args, episodes, video=None, stop=()):
     short episodes. Ends at once, with fewer, when something is put into the list `stop`.
     """
     num_envs = 1 if video else min(episodes, 8)
-    remaining = np.bincount(np.arange(episodes) % num_envs)
+    remaining = np.bincount(np.arange(episodes) % num_envs)  # episodes that each has to play
     envs, returns = Environments(args, num_envs, args.seed + 10_000, video), []
     with contextlib.closing(envs), torch.random.fork_rng(agent.gpus):  # keeps the run's draws
         envs.reset()
@@ -1703,7 +1705,7 @@ def evaluate(agent, args, episodes, video=None, stop=()):
 
 def summary(returns):
     """Mean, standard error and range of returns as text."""
-    error = returns.std() / max(1, len(returns) - 1) ** 0.5
+    error = returns.std() / max(1, len(returns) - 1) ** 0.5  # std(ddof=1) / sqrt(n)
     text = f"mean {returns.mean():.1f} +- {error:.1f} (standard error), min {returns.min():.1f}"
     return f"{text}, max {returns.max():.1f}, {len(returns)} episodes"
 
@@ -1805,7 +1807,7 @@ def film_strip(truth, prediction, seen, count=4, columns=16):
     Truth, prediction and error stand below each other. A white line divides what the model sees
     from what it dreams.
     """
-    channels = 1 if truth.shape[-1] % 3 else 3  # the last one is grey, or the last three colours
+    channels = 1 if truth.shape[-1] % 3 else 3  # of a stack the last frame: grey, or colours
     times = np.linspace(0, truth.shape[1] - 1, columns).round().astype(int)
     truth, prediction = (x[:count, times, ..., -channels:] for x in (truth, prediction))
     rows = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)
@@ -1826,14 +1828,14 @@ def png(image):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def save_checkpoint(path, trainer, logger=None):
+def save_checkpoint(path, trainer, logger):
     """Write all that a resumed run needs beside the replay's file. Raises UserError.
 
     The file appears in one step: a run that is killed leaves the old checkpoint or the new one,
     never half of one. What a broken update left is not saved.
     """
     trainer.finish_update()
-    if RANK:
+    if not logger:
         return  # the first process writes it
     cuda = trainer.agent.device.type == "cuda"
     state = {
@@ -1841,8 +1843,8 @@ def save_checkpoint(path, trainer, logger=None):
         "agent": trainer.agent.state_dict(),
         "replay": (trainer.replay.steps, trainer.replay.online),
         "processes": WORLD_SIZE,
-        "size": os.fstat(logger.file.fileno()).st_size if logger else 0,
-        "seconds": time.time() - logger.began if logger else 0.0,
+        "size": os.fstat(logger.file.fileno()).st_size,
+        "seconds": time.time() - logger.began,
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state(trainer.agent.device) if cuda else None,
     }
@@ -1883,7 +1885,7 @@ def load_checkpoint(path):
 
 
 HUGE = 10**11  # not infinity: sizes and times would overflow
-LIMITS = {  # least and largest value of numbers; of others, 0 and HUGE
+LIMITS = {  # least and largest value; of numbers that are not here, 0 and HUGE
     "action_repeat total_timesteps num_envs batch_size log_every save_every": (1, HUGE),
     "stoch blocks deter hidden depth units imag_horizon": (1, HUGE),
     "gamma return_lambda unimix actor_unimix tau return_rate": (0, 1),
@@ -1897,9 +1899,9 @@ LIMITS = {  # least and largest value of numbers; of others, 0 and HUGE
 
 def check_args(args):
     """Raise UserError for numbers that cannot work, alone or together."""
-    one_batch = (args.batch_size + args.num_envs) * args.batch_length
+    smallest_buffer = (args.batch_size + args.num_envs) * args.batch_length
     limits = {name: pair for names, pair in LIMITS.items() for name in names.split()}
-    limits["buffer_size"] = one_batch, HUGE
+    limits["buffer_size"] = smallest_buffer, HUGE
     values = asdict(args) | args.network()
     for name, value in values.items():
         least, most = limits.get(name, (0, HUGE))
@@ -1908,8 +1910,6 @@ def check_args(args):
             raise UserError(f"--{name} must be {text}, not {value}".replace("_", "-"))
     if (deter := values["deter"]) % math.lcm(8, args.blocks):
         raise UserError(f"--deter {deter} must be divisible by 8 and by --blocks {args.blocks}")
-    if args.action_repeat > 1 and args.env_id.split(":")[-1].startswith("ALE/"):
-        raise UserError("--action-repeat: Atari has its own, --env-kwargs '{\"frameskip\": 4}'")
     if args.evaluate and WORLD_SIZE > 1:
         raise UserError("--evaluate is for one process: start it without torchrun")
     if args.num_envs % WORLD_SIZE or args.batch_size % WORLD_SIZE:
@@ -1969,11 +1969,7 @@ def open_run(args, device, dtype):
     envs = Environments(args, n, seed + RANK * n)
     with contextlib.ExitStack() as undo:  # what was begun, if there is an error below
         undo.callback(envs.close)
-        try:
-            agent = Agent(args, envs.spaces, device, dtype)
-        except RuntimeError as error:
-            text = f"cannot make networks of this size: {first_line(error)}"
-            raise UserError(text) from error
+        agent = Agent(args, envs.spaces, device, dtype)
         if not checkpoint:
             if not RANK:
                 folder.mkdir(parents=True)
@@ -1982,8 +1978,7 @@ def open_run(args, device, dtype):
                 dist.broadcast_object_list(shared := [folder])  # waits for the first process
                 folder = shared[0]
         trainer = Trainer(args, envs, agent, folder, checkpoint)
-        written = (checkpoint["size"], checkpoint["seconds"]) if checkpoint else ()
-        logger = None if RANK else Logger(args, folder, trainer.step, *written)
+        logger = None if RANK else Logger(args, folder, checkpoint)
         if not checkpoint:
             save_checkpoint(folder / "checkpoint.pt", trainer, logger)
         undo.pop_all()
@@ -2039,8 +2034,8 @@ def main(args, stop=()):
         return evaluate_checkpoint(args, device, stop)
     folder, trainer, logger = open_run(args, device, dtype)
     agent, step, n, returns = trainer.agent, trainer.step, args.num_envs, None
-    stopped, saved = False, folder / "checkpoint.pt"
-    before = step  # where the round before ended
+    stopped, path = False, folder / "checkpoint.pt"
+    before = step  # at the end of the previous round
     try:
         while not stopped:
             finished = step >= args.total_timesteps
@@ -2049,13 +2044,13 @@ def main(args, stop=()):
                 returns = evaluate(agent, args, args.eval_episodes, stop=stop)
                 if not stop:  # otherwise a resumed run makes up for it
                     trainer.evaluated = step
-                    spread = {"eval/episodic_return_std": returns.std()}
-                    logger.write(step, {"eval/episodic_return": returns.mean()} | spread)
+                    metrics = {"eval/episodic_return": returns.mean()}
+                    logger.write(step, metrics | {"eval/episodic_return_std": returns.std()})
                     logger.show(f"step {step:,}  evaluation: {summary(returns)}")
                 if args.capture_video and not stop:
                     evaluate(agent, args, 1, folder / f"videos/step_{step}", stop)
-            if is_due(args.save_every, before, step):  # last, to keep the lines logged above
-                save_checkpoint(saved, trainer, logger)
+            if is_due(args.save_every, before, step):  # last: keeps what was logged above
+                save_checkpoint(path, trainer, logger)
             if finished:
                 break
 
@@ -2076,15 +2071,14 @@ def main(args, stop=()):
                 metrics, picture = report(trainer, folder / f"dreams/step_{step}.png")
                 logger.write(step, metrics, picture)
     finally:
-        if WORLD_SIZE > 1:  # a step that not all processes have finished is made again
-            trainer.replay.steps -= (trainer.step - step) // n
-            trainer.step = step
+        trainer.replay.steps -= (trainer.step - step) // n  # a step that failed is made again
+        trainer.step = step
         try:
-            save_checkpoint(saved, trainer, logger)
+            save_checkpoint(path, trainer, logger)
             if logger:
-                logger.show(f"saved {saved} at step {trainer.step:,}")
+                logger.show(f"saved {path} at step {trainer.step:,}")
         finally:
-            getattr(agent.train_step, "graphs", {}).clear()  # NCCL ends after the last of them
+            getattr(agent.train_step, "graphs", {}).clear()  # NCCL's end waits for them
             trainer.envs.close()
             if logger:
                 logger.close()
@@ -2096,18 +2090,20 @@ GROUPS = dict(exp_name="run", env_id="environment", total_timesteps="schedule", 
 GROUPS |= dict(free_nats="loss", learning_rate="optimizer")
 
 
-def parse(default=None):
+def parse():
     """The command line as Args. An error prints one line and exits with status 2."""
-    presets = re.findall(r"(?m)^--preset[=\n](\w+)$", "\n".join(sys.argv))
-    if not default and presets and presets[-1] in PRESETS:
-        default = Args(preset=presets[-1], **PRESETS[presets[-1]])
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            # --preset and --resume are read first: they give the defaults of the other flags.
+            args, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)
+            default = Args(preset=args.preset, **PRESETS.get(args.preset, {}))
+            if args.resume and not args.evaluate:
+                default = load_checkpoint(args.resume)["args"]
             return tyro.cli(Args, description=__doc__.split("\n\n")[0], default=default)
     except SystemExit as done:
         text = output.getvalue()
-        if done.code:  # tyro prints a title, a line, the message, a line, and advice
+        if done.code:  # tyro prints a title, a rule, the message, a rule, and advice
             fail(re.split("-{9,}", text)[1])
         for name, group in GROUPS.items():
             flag = f"  --{name} ".replace("_", "-")
@@ -2127,7 +2123,7 @@ def cli():
     sys.path.insert(0, os.getcwd())  # where module:Name-v0 is looked for first
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    args, stop = parse(), []
+    stop = []
 
     def on_signal(number, frame):
         """Ask the loop to end; the second time, end the process."""
@@ -2141,15 +2137,13 @@ def cli():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     try:
-        if args.resume and not args.evaluate:  # other flags are the run's
-            args = parse(load_checkpoint(args.resume)["args"])
-        main(args, stop)
+        main(parse(), stop)
     except (UserError, OSError, MemoryError) as error:
         fail(error, 128 + stop[0] if stop else 2)
     except RuntimeError as error:
         if stop:  # Ctrl-C ends a C++ compiler, too
             fail(f"stopped: {first_line(error)}", 128 + stop[0])
-        if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if re.search("out of memory|allocate memory|ALLOC_FAILED|overflowed", str(error)):
             fail(f"{first_line(error)}; lower --batch-size or --size")
         if not re.search("gloo|NCCL", str(error)):
             raise

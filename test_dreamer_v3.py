@@ -1431,6 +1431,13 @@ def test_several_environments(case, async_envs, tmp_path):
     run_case(case, tmp_path, num_envs=3, async_envs=async_envs, total_timesteps=21)
 
 
+@pytest.mark.parametrize("value", [0.5, 4, 1, -1])
+def test_values_outside_a_space(value):
+    """Group D: what is no class of a discrete observation is refused, and not rounded."""
+    with pytest.raises(ValueError, match=r"is not in Discrete\(2, start=2\)"):
+        dreamer_v3.encode_vector(np.array([2, value]), gs.Discrete(2, start=2))
+
+
 @pytest.mark.parametrize("case", UNSUPPORTED)
 def test_unsupported_spaces(case):
     """Group D: a space that cannot be encoded is named."""
@@ -1582,7 +1589,7 @@ def test_checkpoint_roundtrip(tmp_path):
     batch = make_batch(VECTOR, first.args)
     for _ in range(3):
         first.train_step(batch)
-    dreamer_v3.save_checkpoint(tmp_path / "checkpoint.pt", holder(first, step=123))
+    save(tmp_path / "checkpoint.pt", first, step=123)
     assert [x.name for x in tmp_path.iterdir()] == ["checkpoint.pt"], "no temporary file stays"
     checkpoint = dreamer_v3.load_checkpoint(tmp_path / "checkpoint.pt")
     assert (checkpoint["step"], checkpoint["args"]) == (123, first.args)
@@ -1604,13 +1611,15 @@ def test_checkpoint_roundtrip(tmp_path):
             other.load_state_dict(checkpoint["agent"])
 
 
-def holder(agent, **state):
-    """In place of a Trainer: what `save_checkpoint` reads of it."""
+def save(path, agent, **state):
+    """`save_checkpoint` with stand-ins for the Trainer and the Logger: what it reads of them."""
     counters = dict.fromkeys(dreamer_v3.Trainer.counters, 0) | state
-    return SimpleNamespace(
+    trainer = SimpleNamespace(
         **counters, args=agent.args, agent=agent, counters=dreamer_v3.Trainer.counters,
         replay=SimpleNamespace(steps=0, online=0), finish_update=lambda: None,
     )  # fmt: skip
+    with open(os.devnull, "wb") as file:
+        dreamer_v3.save_checkpoint(path, trainer, SimpleNamespace(file=file, began=time.time()))
 
 
 class Evil:
@@ -1642,7 +1651,7 @@ def test_malicious_checkpoint(writer, tmp_path):
 def test_damaged_checkpoints(tmp_path):
     """Group E: half a file, no file, a folder and other files are refused."""
     agent, path = make_agent(VECTOR), tmp_path / "checkpoint.pt"
-    dreamer_v3.save_checkpoint(path, holder(agent))
+    save(path, agent)
     content, checkpoint = path.read_bytes(), torch.load(path)
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
@@ -1854,6 +1863,7 @@ ERRORS = {
     "unknown preset": ("--preset", "--preset pong"),
     "frames of none": ("stack_num", """--env-id ALE/Pong-v5 --env-kwargs '{"stack_num": 0}'"""),
     "frames as a word": ("Pong", """--env-id ALE/Pong-v5 --env-kwargs '{"stack_num": "4"}'"""),
+    "too large": ("lower", "+ --units 99999999999"),
     "no room": (
         "GB for the replay",
         "+ --run-dir folder --buffer-size 99999999999 --total-timesteps 99999999999",
@@ -2803,7 +2813,7 @@ def test_environment_faults(fault, async_envs, tmp_path):
         with pytest.raises(UserError, match=match):
             dreamer_v3.main(args)
         (folder,) = tmp_path.iterdir()
-        assert read_checkpoint(folder)["step"] == 46 * failure
+        assert read_checkpoint(folder)["step"] == 44 * failure, "without the step that failed"
         args = replace(args, resume=str(folder))
 
 
