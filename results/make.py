@@ -371,6 +371,23 @@ def fifths(curve, end):
     return [part.mean() if len(part) else np.nan for part in parts]
 
 
+def mean_and_range(values):
+    """An array as text: its mean, and its least and largest number."""
+    spread = f" ({values.min():.0f} to {values.max():.0f})" if len(values) > 1 else ""
+    return f"{values.mean():.0f}{spread}" if len(values) else ""
+
+
+def by_chance(ours, theirs):
+    """Share of the ways to deal the seeds to two programs that set their means as far apart.
+
+    An exact permutation test of (n,) and (m,) returns: 0.1 is the least that 3 and 3 seeds can say.
+    """
+    both, n = np.concatenate([ours, theirs]), len(ours)
+    dealt = both[np.array(list(itertools.combinations(range(len(both)), n)))].sum(1)
+    apart = abs(dealt / n - (both.sum() - dealt) / len(theirs))
+    return (apart > abs(ours.mean() - theirs.mean()) - 1e-6).mean()
+
+
 def beside_groups():
     """The curves of the side by side and their fifths, (task, program) -> (curves, (n, 5))."""
     curves, groups = json.loads((HERE / "side_by_side.json").read_text()), {}
@@ -385,25 +402,26 @@ def beside_groups():
 def table_beside():
     """Mean return in each fifth of training, and the range of the seeds, of both programs.
 
-    CPU minutes are those to the last step that all curves of a task have.
+    Below them, how often chance sets two equal programs as far apart. CPU minutes are those to the
+    last step that all curves of a task have.
     """
     rows = ["| task | program | seeds | first fifth | second | third | fourth | last | random |"]
     rows[0] += " at the end, greedy | CPU minutes |"
     rows += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     chance, groups = json.loads((HERE / "random.json").read_text()), beside_groups()
     for (task, method), (seeds, parts) in groups.items():
-        cells = []
-        for means in parts.T:
-            means = means[~np.isnan(means)]
-            spread = f" ({means.min():.0f} to {means.max():.0f})" if len(means) > 1 else ""
-            cells.append(f"{means.mean():.0f}{spread}" if len(means) else "")
-        text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {len(seeds)} | {' | '.join(cells)} "
-        greedy = " / ".join(f"{curve['greedy']:.0f}" for curve in seeds if "greedy" in curve)
+        cells = " | ".join(mean_and_range(means[~np.isnan(means)]) for means in parts.T)
+        text = f"| {TITLES[task]} | {PROGRAMS[method][0]} | {len(seeds)} | {cells} "
+        greedy = mean_and_range(np.array([c["greedy"] for c in seeds if "greedy" in c]))
         # The last step that all curves of the task have.
         step = min(c["xs"][-1] for key, group in groups.items() if key[0] == task for c in group[0])
         known = [np.interp(step, c["xs"], c["minutes"]) for c in seeds if "minutes" in c]
         spent = f"{np.mean(known):.0f}" if known else ""
         rows.append(f"{text}| {chance[plain(task)]['mean']:.0f} | {greedy} | {spent} |")
+        if method != "authors":
+            pairs = zip(parts.T, groups[task, "authors"][1].T, strict=True)
+            cells = (f"{by_chance(*pair):.2f}" * (not np.isnan(pair).any()) for pair in pairs)
+            rows.append(f"| {TITLES[task]} | *by chance* |  | {' | '.join(cells)} |  |  |  |")
     return rows
 
 
@@ -721,7 +739,7 @@ def family():
         axis.set_xlim(0)
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes[0, 0].set_ylabel("return, most likely actions")
+    axes[0, 0].set_ylabel("return of evaluations")
     axes[0, 0].plot([], [], color="gray", lw=2.5, ls="--", label="the other learning rate")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False)
     fig.tight_layout(rect=(0, 0.08, 1, 1))
