@@ -115,8 +115,8 @@ def test_side_by_side(tmp_path, monkeypatch):
     assert curve["seed"] == 7 and "minutes" not in curve
     rows = "\n".join(make.table_provenance())
     assert "| 4 | def | one core of theirs |" in rows and "| 7 | abc | one core of ours |" in rows
-    last = make.table_beside()[-2]  # theirs: the fifths of 60 steps, each with one episode or none
-    assert "| 1 | 9 |  | 15 |  |  |" in last
+    theirs = make.table_beside()[-3]  # the fifths of 60 steps, each with one episode or none
+    assert "| 1 | 9 |  | 15 |  |  |" in theirs
 
 
 def test_fifths_that_are_apart(monkeypatch):
