@@ -1795,7 +1795,8 @@ def same_step(num_envs, **kwargs):
     return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
 
 
-gym.register("TestPainted-v0", entry_point=Painted, vector_entry_point=same_step)
+gym.register("TestPainted-v0", entry_point=Painted)
+gym.register("TestSameStep-v0", entry_point=Painted, vector_entry_point=same_step)
 
 
 def test_pixels(tmp_path):
@@ -1808,9 +1809,14 @@ def test_pixels(tmp_path):
         assert (envs.entry["obs"] == np.full((2, 64, 64, 3), 2 * t)).all()
         envs.step(np.eye(2, dtype=np.float32))
     assert short_run(dreamer_v3, tmp_path, **vars(args)).exists()
-    # The environment's own vector version is refused, its single one is not.
-    args = replace(args, pixels=False, action_repeat=1, async_envs=True)
-    dreamer_v3.Environments(args, 1, seed=1).close()
+
+
+def test_vector_environment_that_is_refused():
+    """Group D: the advice works: an environment whose own vector version is refused, one by one."""
+    args = tiny(env_id="TestSameStep-v0")
+    with pytest.raises(UserError, match="NEXT_STEP mode: try --async-envs"):
+        dreamer_v3.Environments(args, 1, seed=1)
+    dreamer_v3.Environments(replace(args, async_envs=True), 1, seed=1).close()
 
 
 def test_command_line_trains_and_evaluates(tmp_path):
@@ -1870,7 +1876,6 @@ ERRORS = {
     ),
     "deprecated": ("Taxi-v4", "--env-id Taxi-v3"),
     "no picture to render": ("render", "--pixels " + CASE.format("vector")),
-    "last observation lost": ("NEXT_STEP", "--env-id TestPainted-v0 --total-timesteps 9"),
     "first step fails": ("simulator broke", "--env-id TestBroken-v0 --run-dir new"),
     "no checkpoint": ("no_such_checkpoint.pt", "--evaluate no_such_checkpoint.pt"),
     "evaluate a folder": ("folder", "--evaluate folder"),
