@@ -1532,7 +1532,7 @@ class Logger:
     """Metrics to metrics.jsonl, and to TensorBoard if it is installed; from there to W&B (--track).
 
     Locks the run's folder. checkpoint: that of the run in `folder`, to go on with; lines written
-    after it are dropped. A terminal shows one status line, elsewhere there is one in ten seconds.
+    after it are dropped. A terminal shows one status line; elsewhere there is one every 10 s.
     """
 
     def __init__(self, args, folder, checkpoint=None):
@@ -2091,7 +2091,7 @@ GROUPS |= dict(free_nats="loss", learning_rate="optimizer")
 
 
 def parse():
-    """The command line as Args. An error prints one line and exits with status 2."""
+    """The command line as Args; an error ends the program. UserError: no run to --resume."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):

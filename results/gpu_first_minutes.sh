@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# First look at the CUDA path, in the project's root, half an hour at most:
+# First look at the CUDA path, in the project's root, 37 minutes at most:
 #     bash results/gpu_first_minutes.sh [env exact vector image run]
 # Each stage prints its exit status, its seconds and its last lines; a failure stops nothing.
 # The lent machine lacks packages: download gymnasium, farama-notifications, tyro, docstring-parser, typeguard and ale-py as its

@@ -120,7 +120,7 @@ def test_side_by_side(tmp_path, monkeypatch):
 
 
 def test_fifths_that_are_apart(monkeypatch):
-    """What chance does; the pages say in how many fifths it does less than 0.1 of that."""
+    """Shares by enumeration; the pages say in how many fifths they are 0.1 or less."""
     make = load_module(HERE / "results/make.py", monkeypatch)
     known = {((1, 2, 3), (6, 5, 4)): 0.1, ((1, 2, 4), (3, 5, 6)): 0.2, ((2, 1), (5, 6, 7)): 0.1}
     for (ours, theirs), share in known.items():
